@@ -1,0 +1,124 @@
+"""The typed configuration of the sidecar: one YAML file, unknown keys refused.
+
+Every knob has one default, here, with its unit.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from drafttrain.errors import ConfigError, InputError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of the configuration."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TrainingConfig(Section):
+    """How the drafter learns."""
+
+    objective: Literal["soft_cross_entropy", "tv", "lk"] = "lk"
+    """Objective; ``lk`` and ``tv`` fit probabilistic drafts, ``soft_cross_entropy`` greedy ones."""
+    draft_tokens: int = Field(3, ge=1, le=16)
+    """Depths of training-time test, and k of the acceptance estimate. Set it to the engine's k."""
+    depth_decay: float = Field(1.0, gt=0, le=1)
+    """Weight of depth j is ``depth_decay ** j``."""
+    learning_rate: float = Field(1e-3, gt=0)
+    warmup_steps: int = Field(20, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    gradient_clip: float = Field(1.0, gt=0)
+    tokens_per_step: int = Field(2048, ge=1)
+    """Rollout tokens in one optimizer step."""
+    seed: int = 0
+    export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Dtype of published weights; the engine's own."""
+
+
+class ReplayConfig(Section):
+    """Which rollouts are kept and which are held out."""
+
+    max_bytes: int = Field(8 << 30, gt=0)
+    """Spool segments kept; the oldest beyond this are deleted."""
+    holdout_fraction: Fraction = 0.125
+    """Prompt groups held out of training for the gate."""
+    max_staleness: int | None = Field(8, ge=0)
+    """Rollouts more than this many policy versions old are not trained on."""
+    min_rollouts: int = Field(32, ge=1)
+    """Training starts once this many are in the spool."""
+
+
+class GateConfig(Section):
+    """When a candidate replaces the serving drafter."""
+
+    margin: float = Field(0.0, ge=0)
+    """Gain in acceptance length that the confidence interval must clear."""
+    level: Fraction = 0.9
+    """Confidence level of that interval."""
+    held_out_rollouts: int = Field(64, ge=1)
+    """Newest held-out rollouts the two drafters are compared on."""
+    steps_between: int = Field(25, ge=1)
+    """Optimizer steps between two candidates."""
+    draft_sample_method: Literal["greedy", "probabilistic"] = "probabilistic"
+    """How the engine drafts."""
+
+
+class SidecarConfig(Section):
+    """Everything the sidecar needs to know."""
+
+    target: Path
+    """The policy's folder; only its ``config.json`` is read."""
+    spool: Path
+    registry: Path
+    registry_name: str = "drafter"
+    state: Path
+    """Where trainer state and the event log are kept; a restart continues from here."""
+    drafter: Path | None = None
+    """Drafter to start from when the registry is empty; a new Eagle3 one when absent."""
+    engines: list[str] = []
+    """URLs of the engines whose drafter is kept fresh."""
+    token_file: Path | None = None
+    """File with the engines' bearer token."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads for training; all when absent."""
+    passes_per_rollout: float = Field(8.0, gt=0)
+    """Training waits for new rollouts once it has seen each token about this often."""
+    training: TrainingConfig = TrainingConfig()
+    replay: ReplayConfig = ReplayConfig()
+    gate: GateConfig = GateConfig()
+
+
+def load_config(path: str | Path) -> SidecarConfig:
+    """Read a sidecar configuration.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or a key or value is wrong; names the key.
+    """
+    try:
+        document: Any = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(path, "file", f"cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(path, "file", f"is not YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise ConfigError(path, "file", "expected a mapping of keys")
+    try:
+        return SidecarConfig.model_validate(document)
+    except ValidationError as error:
+        raise explain(error, path, ConfigError) from error
+
+
+def explain(error: ValidationError, where: str | Path, kind: type[InputError]) -> InputError:
+    """The first mistake of a validation error, as one line for the user."""
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"]) or "file"
+    if first["type"] == "extra_forbidden":
+        return kind(where, field, "unknown key")
+    return kind(where, field, f"{first['msg']} (got {first['input']!r:.80})")

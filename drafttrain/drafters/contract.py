@@ -1,0 +1,81 @@
+"""What every kind of drafter is to the rest of drafttrain.
+
+A drafter is asked for one thing: given what the policy computed on some rollouts, the hidden
+states from which it would have drafted, at every position and every draft depth
+(:meth:`Drafter.unroll`). Losses, acceptance estimates and the trainer need nothing else.
+
+Position arithmetic, shared by all kinds (``tokens`` indexed from 0):
+
+- *slot* ``s`` holds the policy's features after ``tokens[s]`` and the embedding of ``tokens[s+1]``;
+- a *round* that starts at slot ``s`` drafts ``tokens[s+2]`` at depth 0, ``tokens[s+3]`` at 1, …;
+- the policy's distribution for ``tokens[r+1]`` comes from row ``r`` of ``last_hidden``; so depth
+  ``j`` of the round at slot ``s`` is compared with row ``s + 1 + j``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from drafttrain.drafters.batch import Batch
+from drafttrain.drafters.policy import PolicyShape
+
+
+class Drafter(nn.Module, ABC):
+    """One drafter: its weights, its training-time forward, its checkpoint format.
+
+    Attributes:
+        kind: the registry's name for this architecture.
+        layer_ids: aux layers of the policy it reads, sorted; () when none.
+        lm_head: [V, H_drafter]; draft logits are ``lm_head(hidden)``.
+    """
+
+    kind: ClassVar[str]
+    layer_ids: tuple[int, ...]
+    lm_head: nn.Linear
+
+    @abstractmethod
+    def unroll(self, batch: Batch, embed_tokens: Tensor, depths: int) -> Tensor:
+        """Draft at every slot as the engine would, to `depths` tokens (training-time test).
+
+        Args:
+            batch: rollouts with features.
+            embed_tokens: the policy's embedding [V, H], frozen.
+            depths: number of draft tokens, k.
+
+        Returns:
+            float [depths, B, T-1, H_drafter]; entry [j, b, s] times ``lm_head`` gives the logits
+            for ``tokens[b, s+2+j]``. Entries that run past a rollout's end are meaningless.
+        """
+
+    @classmethod
+    @abstractmethod
+    def initialise(cls, policy: PolicyShape, **options: Any) -> Self:
+        """A new drafter shaped for `policy`, at random."""
+
+    @classmethod
+    @abstractmethod
+    def recognises(cls, folder: Path) -> bool:
+        """Whether `folder` holds a drafter of this kind."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, folder: Path, policy: PolicyShape) -> Self:
+        """Read a drafter folder.
+
+        Raises:
+            CheckpointError: the folder is damaged or does not fit the policy.
+        """
+
+    @abstractmethod
+    def export(self, folder: Path, dtype: torch.dtype) -> None:
+        """Write ``config.json`` and ``model.safetensors`` as the engine loads them."""
+
+    def adopt_head(self, lm_head: Tensor, final_norm: Tensor | None) -> None:
+        """Start a new drafter's output from the policy's head; called once, before training."""
+        with torch.no_grad():
+            self.lm_head.weight.copy_(lm_head)

@@ -1,0 +1,92 @@
+"""What a drafter takes from its policy: its shape (configuration) and its head (weights)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+
+from drafttrain.errors import CheckpointError
+from drafttrain.rollouts.record import PolicyHead
+
+# Where Hugging Face checkpoints of causal LMs keep the three tensors of the head.
+_EMBEDDING = "model.embed_tokens.weight"
+_FINAL_NORM = "model.norm.weight"
+_LM_HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class PolicyShape:
+    """What a drafter must know of its policy's configuration.
+
+    Attributes:
+        config: the policy's text configuration, as transformers reads it.
+    """
+
+    config: PretrainedConfig
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> PolicyShape:
+        """Read ``config.json`` of a policy folder.
+
+        Raises:
+            CheckpointError: the folder or the file is missing or cannot be read.
+        """
+        if not (Path(folder) / "config.json").is_file():
+            raise CheckpointError(folder, "config.json", "missing; expected a policy folder")
+        try:
+            return cls(AutoConfig.from_pretrained(str(folder)).get_text_config())
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(folder, "config.json", f"cannot be read: {error}") from error
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.config.vocab_size)
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+
+def read_policy_head(folder: str | Path, policy: PolicyShape) -> PolicyHead:
+    """Read embedding, final norm and lm_head of a policy folder; the rest stays on disk.
+
+    Raises:
+        CheckpointError: a file or one of the tensors is missing or has another shape.
+    """
+    folder = Path(folder)
+    expected = (policy.vocab_size, policy.hidden_size)
+    embed_tokens = _read_tensor(folder, _EMBEDDING, expected)
+    tied = bool(policy.config.tie_word_embeddings)
+    return PolicyHead(
+        policy_version=0,
+        embed_tokens=embed_tokens,
+        lm_head=embed_tokens if tied else _read_tensor(folder, _LM_HEAD, expected),
+        final_norm=_read_tensor(folder, _FINAL_NORM, expected[1:]),
+        norm_eps=float(policy.config.rms_norm_eps),
+    )
+
+
+def _read_tensor(folder: Path, name: str, shape: tuple[int, ...]) -> Tensor:
+    index = folder / "model.safetensors.index.json"
+    try:
+        if index.exists():
+            file_name = json.loads(index.read_text())["weight_map"][name]
+        else:
+            file_name = "model.safetensors"
+        # The index comes from outside: only a plain name in this folder is followed.
+        with safe_open(folder / Path(file_name).name, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise CheckpointError(folder, name, f"cannot be read: {error}") from error
+    if tuple(tensor.shape) != shape:
+        raise CheckpointError(folder, name, f"shape {list(tensor.shape)}, expected {list(shape)}")
+    return tensor

@@ -1,0 +1,119 @@
+"""The policy's embedding, output head and final norm, and how its hidden states are laid out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from vllm.distributed import tensor_model_parallel_all_gather
+from vllm.model_executor.models.interfaces import supports_multimodal
+
+from drafttrain.errors import EngineError
+from drafttrain.rollouts.record import FeatureLayout, PolicyHead
+
+
+@dataclass(frozen=True)
+class PolicyParts:
+    """The policy's live modules; ``vocab_size`` without vLLM's padding rows."""
+
+    embed_tokens: nn.Module
+    lm_head: nn.Module
+    norm: nn.Module | None
+    layer_ids: tuple[int, ...]
+    hidden_size: int
+    vocab_size: int
+
+
+def policy_parts(model: nn.Module, model_config: Any) -> PolicyParts:
+    """Finds them in a vLLM causal LM.
+
+    Raises:
+        EngineError: this architecture keeps them elsewhere.
+    """
+    language: Any = model.get_language_model() if supports_multimodal(model) else model
+    inner = getattr(language, "model", None)
+    embed = getattr(inner, "embed_tokens", None)
+    head = getattr(language, "lm_head", None)
+    if embed is None or head is None:
+        raise EngineError(
+            f"{type(model).__name__} has no model.embed_tokens and lm_head to take the head from"
+        )
+    return PolicyParts(
+        embed_tokens=embed,
+        lm_head=head,
+        norm=getattr(inner, "norm", None),
+        layer_ids=tuple(getattr(inner, "aux_hidden_state_layers", ())),
+        hidden_size=model_config.get_hidden_size(),
+        vocab_size=model_config.get_vocab_size(),
+    )
+
+
+def head_weight(parts: PolicyParts) -> Tensor:
+    """[V, H], gathered over tensor-parallel ranks (a collective: every rank calls it).
+
+    vLLM leaves an unquantised output head's weight in place, also where it packs linears (CPU). A
+    quantised head has no such weight: applied to the identity it gives the one it computes with.
+    """
+    weight = parts.lm_head.weight
+    if not (weight.is_floating_point() and weight.dim() == 2 and weight.numel()):
+        identity = torch.eye(parts.hidden_size, dtype=_float_dtype(parts), device=weight.device)
+        weight = parts.lm_head.quant_method.apply(parts.lm_head, identity).T
+    return tensor_model_parallel_all_gather(weight, dim=0)[: parts.vocab_size]
+
+
+def clone_head(parts: PolicyParts, policy_version: int) -> PolicyHead:
+    """A copy of the head on the policy's device (a collective: every rank calls it)."""
+    ids = torch.arange(parts.vocab_size, device=parts.lm_head.weight.device)
+    norm = parts.norm
+    return PolicyHead(
+        policy_version=policy_version,
+        embed_tokens=parts.embed_tokens(ids).clone(),
+        lm_head=head_weight(parts).clone(),
+        final_norm=None if norm is None else norm.weight.detach().clone(),
+        norm_eps=_norm_eps(norm),
+    )
+
+
+def feature_layout(
+    parts: PolicyParts, hidden: Tensor, logits: Tensor, layer_ids: tuple[int, ...]
+) -> FeatureLayout:
+    """How this engine's rows are laid out.
+
+    vLLM does not say whether a model returns its last state before (MiMo) or after the final norm
+    (Llama, Qwen), so it is read off one row: which of the two gives the direction of the logits.
+
+    Args:
+        parts: of the policy.
+        hidden: [H] the state one row of logits was computed from.
+        logits: [V] that row, before any sampling constraint.
+        layer_ids: of the aux states the engine returns.
+    """
+    weight = head_weight(parts)
+    as_is = _alignment(weight, hidden, logits)
+    normed = as_is
+    if parts.norm is not None:
+        eps = _norm_eps(parts.norm)
+        again = F.rms_norm(hidden.float(), hidden.shape, parts.norm.weight.float(), eps)
+        normed = _alignment(weight, again, logits)
+    return FeatureLayout(
+        layer_ids=layer_ids,
+        hidden_size=hidden.shape[-1],
+        last_hidden_normed=as_is >= normed,
+        dtype=str(hidden.dtype).removeprefix("torch."),
+    )
+
+
+def _alignment(weight: Tensor, hidden: Tensor, logits: Tensor) -> float:
+    product = torch.mv(weight, hidden.to(weight.dtype)).float()
+    return float(F.cosine_similarity(product, logits.float(), dim=0))
+
+
+def _norm_eps(norm: nn.Module | None) -> float:
+    return 0.0 if norm is None else float(getattr(norm, "variance_epsilon", 1e-6))
+
+
+def _float_dtype(parts: PolicyParts) -> torch.dtype:
+    return torch.float32 if parts.norm is None else parts.norm.weight.dtype

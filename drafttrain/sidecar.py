@@ -1,0 +1,251 @@
+"""The loop beside an RL job: follow the spool, train, prove, publish, swap.
+
+::
+
+    spool ──▶ replay ──▶ trainer ──▶ candidate ──▶ gate ──▶ registry ──▶ engines
+
+The sidecar owns the trainer's state and the registry's next version. It shares nothing with the
+engines but the spool (which it reads), the registry (which they read) and their control routes. An
+engine that cannot be reached is tried again; whatever else goes wrong ends the sidecar with a clear
+error, never the RL job.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from threading import Event
+from typing import Any, Protocol
+
+import torch
+import watchfiles
+
+from drafttrain.checkpoints.manifest import Lineage, TargetFingerprint
+from drafttrain.checkpoints.registry import Registry
+from drafttrain.config import SidecarConfig
+from drafttrain.control.acceptance import AcceptanceEstimate, usable
+from drafttrain.control.gate import Verdict, judge
+from drafttrain.drafters import load_drafter
+from drafttrain.drafters.contract import Drafter
+from drafttrain.drafters.policy import PolicyShape
+from drafttrain.errors import ConfigError, EngineUnreachable
+from drafttrain.pretrain import as_manifest_entry, estimate, publish_drafter
+from drafttrain.rollouts.record import Rollout
+from drafttrain.rollouts.replay import Replay
+from drafttrain.telemetry import EventLog
+from drafttrain.training.trainer import Trainer
+
+# How long to wait for a file event before looking anyway: an engine may have come back meanwhile.
+_LOOK_AGAIN_MS = 2000
+
+
+class Engine(Protocol):
+    """An engine as the sidecar sees it."""
+
+    url: str
+
+    def drafter_version(self) -> int | None:
+        """The registry version it serves.
+
+        Raises:
+            EngineError: unreachable, or without the plugin.
+        """
+
+    def swap(self, version: int) -> Any:
+        """Make it serve `version`; returns when it does.
+
+        Raises:
+            EngineUnreachable: no answer.
+            EngineError: refused, with the reason.
+        """
+
+
+class Sidecar:
+    """See the module.
+
+    Attributes:
+        events: what it did, for people and reports.
+        stop: set it (from a signal handler, say) to end after the step under way.
+    """
+
+    def __init__(self, config: SidecarConfig, engines: Sequence[Engine]) -> None:
+        """Open everything and continue where an earlier run ended.
+
+        Raises:
+            CheckpointError: the policy, the starting drafter, the registry or the state is wrong.
+        """
+        self.config = config
+        self.engines = engines
+        self.stop = Event()
+        self.events = EventLog(config.state / "events.jsonl")
+        self.policy = PolicyShape.from_folder(config.target)
+        self.registry = Registry(config.registry, config.registry_name)
+        self.replay = Replay(
+            config.spool,
+            max_bytes=config.replay.max_bytes,
+            holdout_fraction=config.replay.holdout_fraction,
+            max_staleness=config.replay.max_staleness,
+            evict=True,
+        )
+        self.target = TargetFingerprint.from_folder(config.target)
+        self._serve(self._open_registry())
+        self.trainer = Trainer(self._load(self.serving_version), config.training)
+        self.tokens_on_current = 0
+        self._restore()
+
+    def run(self) -> None:
+        """Work until :attr:`stop` is set; state is consistent whenever this returns or dies."""
+        self.events.append("started", step=self.trainer.step_count, serving=self.serving_version)
+        while not self.stop.is_set():
+            if self.replay.refresh():
+                self.tokens_on_current = 0
+            self._catch_up_engines()
+            if not self._worth_training():
+                self._wait_for_rollouts()
+                continue
+            self._train_until_candidate()
+            if self._offer_candidate():
+                self._catch_up_engines()
+            self._save()
+        self._save()
+        self.events.append("stopped", step=self.trainer.step_count)
+
+    def _worth_training(self) -> bool:
+        rollouts = self.replay.training
+        if len(rollouts) < self.config.replay.min_rollouts:
+            return False
+        available = sum(rollout.length for rollout in rollouts)
+        return self.tokens_on_current < self.config.passes_per_rollout * available
+
+    def _train_until_candidate(self) -> None:
+        for _ in range(self.config.gate.steps_between):
+            if self.stop.is_set():
+                return
+            rollouts = self.replay.sample(
+                self.trainer.generator, self.config.training.tokens_per_step
+            )
+            report = self.trainer.step(rollouts, self.replay.layout, self.replay.heads_of(rollouts))
+            self.tokens_on_current += report.tokens
+        self.events.append(
+            "trained",
+            step=report.step,
+            loss=report.loss,
+            acceptance=report.acceptance,
+            rollouts=len(self.replay.training),
+            policy_version=self.replay.newest_policy_version,
+        )
+
+    def _offer_candidate(self) -> bool:
+        """Publish the trainer's drafter if held-out rollouts say it is better."""
+        k = self.config.training.draft_tokens
+        held_out = [rollout for rollout in self.replay.held_out if usable(rollout, k)]
+        held_out = held_out[-self.config.gate.held_out_rollouts :]
+        if not held_out:
+            return False
+        candidate = self._estimate(self.trainer.drafter, held_out)
+        serving = self._estimate(self.serving, held_out)
+        gate = self.config.gate
+        verdict = judge(candidate, serving, margin=gate.margin, level=gate.level)
+        self.events.append("judged", step=self.trainer.step_count, **vars(verdict))
+        if verdict.publish:
+            self._publish(candidate, verdict, held_out)
+        return verdict.publish
+
+    def _estimate(self, drafter: Drafter, rollouts: list[Rollout]) -> AcceptanceEstimate:
+        k, method = self.config.training.draft_tokens, self.config.gate.draft_sample_method
+        return estimate(drafter, self.replay, rollouts, k, method)
+
+    def _publish(
+        self, candidate: AcceptanceEstimate, verdict: Verdict, held_out: list[Rollout]
+    ) -> None:
+        k, method = self.config.training.draft_tokens, self.config.gate.draft_sample_method
+        trained_on = self.replay.training
+        manifest = publish_drafter(
+            self.registry,
+            self.trainer.drafter,
+            self.target,
+            parent=self.serving_version,
+            lineage=Lineage(
+                policy_versions=sorted({rollout.policy_version for rollout in trained_on}),
+                rollouts=len(trained_on),
+                tokens=self.trainer.tokens_seen,
+                optimizer_steps=self.trainer.step_count,
+            ),
+            acceptance=as_manifest_entry(candidate, k, held_out[-1].temperature, method),
+            dtype=getattr(torch, self.config.training.export_dtype),
+        )
+        self._serve(manifest.version)
+        self.events.append(
+            "published",
+            version=manifest.version,
+            acceptance_length=candidate.acceptance_length,
+            gain=verdict.gain,
+            policy_version=self.replay.newest_policy_version,
+            step=self.trainer.step_count,
+        )
+
+    def _catch_up_engines(self) -> None:
+        """Bring every engine to the latest version; also one that was down at an earlier swap."""
+        latest = self.registry.latest() or self.serving_version
+        if latest != self.serving_version:  # someone rolled back, or published by hand
+            self._serve(latest)
+        for engine in self.engines:
+            try:
+                if engine.drafter_version() == latest:
+                    continue
+                result = engine.swap(latest)
+            except EngineUnreachable as error:
+                self.events.append("engine_unreachable", engine=engine.url, reason=str(error))
+                continue
+            self.events.append("swapped", engine=engine.url, version=latest, seconds=result.seconds)
+
+    def _open_registry(self) -> int:
+        """The version that serves; an empty registry gets the configured drafter as its first."""
+        latest = self.registry.latest()
+        if latest is not None:
+            return latest
+        if self.config.drafter is None:
+            problem = "missing; the registry is empty, so a drafter to start from is needed"
+            raise ConfigError(self.config.registry, "drafter", problem)
+        first = load_drafter(self.config.drafter, self.policy)
+        return self.registry.publish(
+            self.config.drafter,
+            kind=first.kind,
+            target=self.target,
+            parent=None,
+            lineage=Lineage(policy_versions=[], rollouts=0, tokens=0, optimizer_steps=0),
+            acceptance=None,
+        ).version
+
+    def _serve(self, version: int) -> None:
+        """From now on engines are to serve `version`, and candidates are compared with it."""
+        self.serving_version = version
+        self.serving = self._load(version)
+
+    def _load(self, version: int) -> Drafter:
+        return load_drafter(self.registry.folder(version), self.policy)
+
+    def _wait_for_rollouts(self) -> None:
+        for _ in watchfiles.watch(
+            self.replay.segments_folder,
+            stop_event=self.stop,
+            rust_timeout=_LOOK_AGAIN_MS,
+            yield_on_timeout=True,
+            raise_interrupt=False,
+        ):
+            return
+
+    def _save(self) -> None:
+        self.trainer.save(self.config.state, tokens_on_current=self.tokens_on_current)
+
+    def _restore(self) -> None:
+        if (self.config.state / "trainer.safetensors").exists():
+            progress = self.trainer.restore(self.config.state)
+            self.tokens_on_current = progress["tokens_on_current"]
+
+
+def run_until_signal(sidecar: Sidecar) -> None:
+    """Run until SIGINT or SIGTERM; the step under way is finished and the state saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sidecar.stop.set())
+    sidecar.run()

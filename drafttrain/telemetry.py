@@ -1,0 +1,33 @@
+"""What happened, as events: one JSON object a line, appended, read back by reports and plots."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class EventLog:
+    """An append-only file of events; each has ``time`` (Unix seconds) and ``event`` (its kind)."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+
+    def append(self, event: str, **fields: Any) -> dict[str, Any]:
+        """Write one event; returns it."""
+        record = {"time": time.time(), "event": event, **fields}
+        # One write of a short line in append mode: a reader or a kill never leaves two mixed.
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        return record
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """All events so far, oldest first; a last line cut short by a kill is passed over."""
+        if not self.path.exists():
+            return
+        for line in self.path.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):
+                yield json.loads(line)

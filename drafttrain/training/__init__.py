@@ -1,0 +1,1 @@
+"""Distilling a drafter toward its policy: batches, losses, the trainer, offline pretraining."""

@@ -1,0 +1,198 @@
+"""One trainer for every kind of drafter: steps on batches, fp32 master weights, exact resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from drafttrain.config import TrainingConfig
+from drafttrain.drafters.batch import length_buckets, make_batch
+from drafttrain.drafters.contract import Drafter
+from drafttrain.errors import CheckpointError
+from drafttrain.rollouts.record import FeatureLayout, PolicyHead, Rollout
+from drafttrain.training.losses import draft_loss
+
+STATE_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step did.
+
+    Attributes:
+        step: count of steps, this one included.
+        loss: mean objective over its rows.
+        acceptance: mean sum(min(p, q)) at each draft depth.
+        tokens: rollout tokens in it.
+        grad_norm: before clipping.
+    """
+
+    step: int
+    loss: float
+    acceptance: list[float]
+    tokens: int
+    grad_norm: float
+
+
+class Trainer:
+    """Owns the drafter's fp32 weights, the optimizer, the schedule and the sampling RNG.
+
+    Attributes:
+        drafter: float32, trained in place.
+        step_count: optimizer steps so far.
+        tokens_seen: rollout tokens trained on so far.
+        generator: decides which rollouts a step samples; part of the saved state.
+    """
+
+    def __init__(
+        self, drafter: Drafter, config: TrainingConfig, total_steps: int | None = None
+    ) -> None:
+        """With `total_steps` the learning rate decays over the last fifth (WSD), else it stays."""
+        self.drafter = drafter.float()
+        self.config = config
+        self.total_steps = total_steps
+        self.step_count = 0
+        self.tokens_seen = 0
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.optimizer = torch.optim.AdamW(
+            drafter.parameters(),
+            lr=config.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=config.weight_decay,
+        )
+
+    def step(
+        self, rollouts: Sequence[Rollout], layout: FeatureLayout, heads: dict[int, PolicyHead]
+    ) -> StepReport:
+        """One optimizer step on `rollouts`.
+
+        Rollouts of one policy version and similar length go through the drafter together;
+        gradients add up over these parts, weighted by their rows.
+        """
+        self._set_learning_rate()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, acceptance, rows = 0.0, torch.zeros(self.config.draft_tokens), 0
+        for version in sorted({rollout.policy_version for rollout in rollouts}):
+            same_policy = [rollout for rollout in rollouts if rollout.policy_version == version]
+            for bucket in length_buckets(same_policy, self.config.tokens_per_step):
+                part_loss, part_acceptance, part_rows = self._backward(
+                    bucket, layout, heads[version]
+                )
+                loss += part_loss
+                acceptance += part_acceptance * part_rows
+                rows += part_rows
+        rows = max(rows, 1)
+        for parameter in self.drafter.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= rows
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.drafter.parameters(), self.config.gradient_clip, error_if_nonfinite=True
+        )
+        self.optimizer.step()
+        self.step_count += 1
+        tokens = sum(rollout.length for rollout in rollouts)
+        self.tokens_seen += tokens
+        return StepReport(
+            self.step_count, loss / rows, (acceptance / rows).tolist(), tokens, float(norm)
+        )
+
+    def _backward(
+        self, rollouts: Sequence[Rollout], layout: FeatureLayout, head: PolicyHead
+    ) -> tuple[float, Tensor, int]:
+        batch = make_batch(rollouts, layout, head)
+        hidden = self.drafter.unroll(batch, head.embed_tokens.float(), self.config.draft_tokens)
+        result = draft_loss(
+            hidden,
+            self.drafter.lm_head.weight,
+            batch,
+            head.lm_head.float(),
+            objective=self.config.objective,
+            depth_decay=self.config.depth_decay,
+        )
+        (result.loss * result.rows).backward()  # type: ignore[no-untyped-call]
+        return result.loss.item() * result.rows, result.acceptance, result.rows
+
+    def _set_learning_rate(self) -> None:
+        factor = min(1.0, (self.step_count + 1) / max(self.config.warmup_steps, 1))
+        if self.total_steps is not None:
+            decay_steps = math.ceil(self.total_steps / 5)
+            left = self.total_steps - self.step_count
+            factor *= min(1.0, max(left, 0) / decay_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * factor
+
+    def save(self, folder: Path, **progress: Any) -> None:
+        """Write everything a resumed run needs, whole or not at all.
+
+        Args:
+            folder: the state's folder; its ``trainer.safetensors`` is replaced atomically.
+            progress: what else the caller must remember, as JSON.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"drafter.{name}": t for name, t in self.drafter.state_dict().items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            for key, value in state.items():
+                tensors[f"optimizer.{index}.{key}"] = torch.as_tensor(value)
+        tensors["rng"] = self.generator.get_state()
+        document = {
+            "schema": STATE_SCHEMA,
+            "step_count": self.step_count,
+            "tokens_seen": self.tokens_seen,
+            "progress": progress,
+        }
+        temporary = folder / "trainer.safetensors.tmp"
+        save_file(tensors, temporary, metadata={"drafttrain": json.dumps(document)})
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(folder / "trainer.safetensors")
+
+    def restore(self, folder: Path) -> dict[str, Any]:
+        """Continue from :meth:`save`; returns the caller's progress.
+
+        Raises:
+            CheckpointError: the state is damaged, newer, or of another drafter.
+        """
+        path = folder / "trainer.safetensors"
+        document = _state_document(path)
+        tensors = load_file(path)
+        drafter = _with_prefix(tensors, "drafter.")
+        try:
+            self.drafter.load_state_dict(drafter)
+        except RuntimeError as error:
+            raise CheckpointError(path, "drafter", f"does not fit the drafter: {error}") from error
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in _with_prefix(tensors, "optimizer.").items():
+            index, key = name.split(".", 1)
+            state.setdefault(int(index), {})[key] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.generator.set_state(tensors["rng"])
+        self.step_count = document["step_count"]
+        self.tokens_seen = document["tokens_seen"]
+        progress: dict[str, Any] = document["progress"]
+        return progress
+
+
+def _state_document(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            document: dict[str, Any] = json.loads((file.metadata() or {})["drafttrain"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise CheckpointError(path, "file", f"is not a trainer's state: {error}") from error
+    if document["schema"] != STATE_SCHEMA:
+        raise CheckpointError(path, "schema", f"{document['schema']}; expected {STATE_SCHEMA}")
+    return document
+
+
+def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

@@ -1,0 +1,93 @@
+"""The replay estimator against a simulation of the engine's accept-and-reject loop."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from drafttrain.control.acceptance import AcceptanceEstimate, replay_rounds
+from drafttrain.control.gate import judge
+from drafttrain.drafters.batch import Batch
+
+
+def batch_of(prompts: list[int], lengths: list[int]) -> Batch:
+    size = max(lengths)
+    rows = len(lengths)
+    return Batch(
+        tokens=torch.zeros(rows, size, dtype=torch.int64),
+        captured=torch.ones(rows, size, dtype=torch.bool),
+        last_hidden=torch.zeros(rows, size, 1),
+        aux_hidden=None,
+        prompt_lengths=torch.tensor(prompts),
+        lengths=torch.tensor(lengths),
+        temperatures=torch.ones(rows),
+    )
+
+
+def simulate(w: torch.Tensor, prompt: int, length: int, runs: int) -> tuple[float, torch.Tensor]:
+    """Rounds drawn one by one, as the engine would; means over `runs`."""
+    k = w.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    rounds, accepted = 0, torch.zeros(k)
+    for _ in range(runs):
+        t = prompt
+        while t + k < length:
+            drafts = 0
+            while drafts < k and torch.rand((), generator=generator) < w[drafts, t]:
+                accepted[drafts] += 1
+                drafts += 1
+            rounds += 1
+            t += drafts + 1
+    return rounds / runs, accepted / runs
+
+
+def test_replay_agrees_with_simulation() -> None:
+    k, prompt, length = 3, 2, 20
+    w = torch.rand(k, 1, length, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    rounds, accepted = replay_rounds(w, batch_of([prompt], [length]))
+    expected_rounds, expected = simulate(w[:, 0], prompt, length, runs=4000)
+    assert abs(float(rounds[0]) - expected_rounds) < 0.1
+    torch.testing.assert_close(accepted[0], expected.double(), atol=0.1, rtol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 6), st.integers(8, 30), st.sampled_from([0.0, 1.0]))
+def test_certain_drafts_count_exactly(k: int, prompt: int, length: int, chance: float) -> None:
+    w = torch.full((k, 1, length), chance, dtype=torch.float64)
+    rounds, accepted = replay_rounds(w, batch_of([prompt], [length]))
+    step = k + 1 if chance else 1
+    expected = len(range(prompt, length - k, step))
+    assert float(rounds[0]) == expected
+    assert accepted[0].tolist() == [expected * chance] * k
+
+
+def test_padding_changes_nothing() -> None:
+    k, length = 2, 12
+    w = torch.rand(k, 1, length, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    padded = torch.zeros(k, 2, length + 9, dtype=torch.float64)
+    padded[:, :1, :length] = w
+    alone = replay_rounds(w, batch_of([3], [length]))
+    beside = replay_rounds(padded, batch_of([3, 5], [length, length + 9]))
+    torch.testing.assert_close(beside[0][:1], alone[0])
+    torch.testing.assert_close(beside[1][:1], alone[1])
+
+
+def estimate_of(per_group: list[float], noise: float, seed: int) -> AcceptanceEstimate:
+    generator = torch.Generator().manual_seed(seed)
+    groups = [f"g{i // 4}" for i in range(4 * len(per_group))]
+    rates = torch.tensor(per_group, dtype=torch.float64).repeat_interleave(4)[:, None]
+    rates = rates + noise * torch.randn(len(groups), 1, generator=generator, dtype=torch.float64)
+    rounds = torch.full((len(groups),), 10.0, dtype=torch.float64)
+    return AcceptanceEstimate(groups, rounds, rates * rounds[:, None])
+
+
+def test_gate_publishes_a_clear_gain_and_refuses_noise() -> None:
+    base = [0.3, 0.5, 0.7, 0.4, 0.6, 0.2, 0.8, 0.5]
+    serving = estimate_of(base, 0.02, seed=0)
+    better = judge(estimate_of([b + 0.1 for b in base], 0.02, seed=1), serving, margin=0.0)
+    same = judge(estimate_of(base, 0.02, seed=2), serving, margin=0.01)
+    assert better.publish
+    assert better.interval[0] <= better.gain <= better.interval[1]
+    assert abs(better.gain - 0.1) < 0.03
+    assert not same.publish

@@ -1,0 +1,94 @@
+"""Objectives and their gradients against an eager float64 reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from drafttrain.drafters.batch import Batch
+from drafttrain.training.losses import OBJECTIVES, Objective, draft_loss
+
+B, T, H, V, DEPTHS = 3, 14, 8, 17, 3
+
+
+def make_batch(scale: float, seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([T, T - 3, T - 5])
+    captured = torch.arange(T) < (lengths - 1)[:, None]
+    captured[0, 9] = False
+    return Batch(
+        tokens=torch.randint(V, (B, T), generator=generator),
+        captured=captured,
+        last_hidden=torch.randn(B, T, H, generator=generator, dtype=torch.float64) * scale,
+        aux_hidden=None,
+        prompt_lengths=torch.tensor([4, 2, 6]),
+        lengths=lengths,
+        temperatures=torch.tensor([1.0, 0.7, 1.3], dtype=torch.float64),
+    )
+
+
+def reference_loss(
+    hidden: Tensor, head: Tensor, batch: Batch, policy_head: Tensor, objective: Objective
+) -> tuple[Tensor, Tensor]:
+    """One row, one depth at a time, straight from the definitions; float64."""
+    values, overlaps = [], [[] for _ in range(DEPTHS)]
+    for b in range(B):
+        prompt = int(batch.prompt_lengths[b])
+        temperature = batch.temperatures[b]
+        for depth in range(DEPTHS):
+            # The first round starts after the first sampled token, tokens[prompt].
+            for slot in range(prompt - 1, T - 1):
+                row = slot + 1 + depth
+                if row >= T or not batch.captured[b, row]:
+                    continue
+                p = (policy_head @ batch.last_hidden[b, row] / temperature).softmax(-1)
+                q = (head @ hidden[depth, b, slot] / temperature).softmax(-1)
+                overlap = torch.minimum(p, q).sum()
+                value = {
+                    "soft_cross_entropy": -(p * q.log()).sum(),
+                    "tv": 0.5 * (p - q).abs().sum(),
+                    "lk": -overlap.log(),
+                }[objective]
+                values.append(value)
+                overlaps[depth].append(overlap.detach())
+    return torch.stack(values).mean(), torch.stack([torch.stack(o).mean() for o in overlaps])
+
+
+@pytest.mark.parametrize("objective", list(OBJECTIVES))
+@pytest.mark.parametrize("scale", [0.1, 1.0, 6.0], ids=["flat", "mixed", "peaked"])
+@pytest.mark.parametrize("chunk", [1, 5, 1000])
+def test_loss_and_gradients_equal_the_eager_reference(
+    objective: Objective, scale: float, chunk: int
+) -> None:
+    batch = make_batch(scale)
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(DEPTHS, B, T - 1, H, generator=generator, dtype=torch.float64) * scale
+    head = torch.randn(V, H, generator=generator, dtype=torch.float64)
+    policy_head = torch.randn(V, H, generator=generator, dtype=torch.float64)
+    hidden.requires_grad_()
+    head.requires_grad_()
+
+    expected, overlap = reference_loss(hidden, head, batch, policy_head, objective)
+    expected_grads = torch.autograd.grad(expected, (hidden, head))
+    result = draft_loss(hidden, head, batch, policy_head, objective=objective, chunk=chunk)
+    grads = torch.autograd.grad(result.loss, (hidden, head))
+
+    torch.testing.assert_close(result.loss, expected)
+    torch.testing.assert_close(result.acceptance, overlap)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad)
+
+
+def test_depth_decay_weighs_the_depths() -> None:
+    batch = make_batch(1.0)
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(DEPTHS, B, T - 1, H, generator=generator, dtype=torch.float64)
+    head = torch.randn(V, H, generator=generator, dtype=torch.float64)
+    per_depth = [
+        draft_loss(hidden[: d + 1], head, batch, head, depth_decay=1.0) for d in range(DEPTHS)
+    ]
+    # With a vanishing decay only depth 0 is left.
+    only_first = draft_loss(hidden, head, batch, head, depth_decay=1e-9)
+    torch.testing.assert_close(only_first.loss, per_depth[0].loss, atol=1e-6, rtol=1e-6)
+    assert per_depth[2].loss != per_depth[0].loss
