@@ -216,9 +216,10 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _publish(options: argparse.Namespace) -> None:
-    from drafttrain.pretrain import publish_folder
+    from drafttrain.checkpoints.registry import Registry
+    from drafttrain.publishing import publish_folder
 
-    manifest = publish_folder(options.folder, target=options.target, registry=options.registry)
+    manifest = publish_folder(options.folder, options.target, Registry(options.registry))
     print(f"{options.registry}: published version {manifest.version}")
 
 

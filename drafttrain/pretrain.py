@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from drafttrain.checkpoints.manifest import Acceptance, Lineage, Manifest, TargetFingerprint
+from drafttrain.checkpoints.manifest import Lineage, Manifest, TargetFingerprint
 from drafttrain.checkpoints.registry import Registry
 from drafttrain.config import TrainingConfig
 from drafttrain.control.acceptance import (
@@ -22,6 +19,7 @@ from drafttrain.drafters import load_drafter
 from drafttrain.drafters.contract import Drafter
 from drafttrain.drafters.policy import PolicyShape
 from drafttrain.errors import RolloutError
+from drafttrain.publishing import as_manifest_entry, publish_drafter
 from drafttrain.rollouts.record import Rollout
 from drafttrain.rollouts.replay import Replay
 from drafttrain.training.trainer import StepReport, Trainer
@@ -95,44 +93,6 @@ def estimate(
     return estimate_acceptance(drafter, rollouts, replay.layout, heads, k=k, method=method)
 
 
-def as_manifest_entry(
-    estimate: AcceptanceEstimate, k: int, temperature: float, method: DraftSampleMethod
-) -> Acceptance:
-    """An estimate as the registry records it."""
-    return Acceptance(
-        acceptance_length=estimate.acceptance_length,
-        accepted_per_position=estimate.accepted_per_position,
-        k=k,
-        temperature=temperature,
-        draft_sample_method=method,
-        interval=estimate.interval(),
-        held_out_rollouts=len(estimate.groups),
-    )
-
-
-def publish_drafter(
-    registry: Registry,
-    drafter: Drafter,
-    target: TargetFingerprint,
-    *,
-    parent: int | None,
-    lineage: Lineage,
-    acceptance: Acceptance | None,
-    dtype: torch.dtype = torch.float32,
-) -> Manifest:
-    """Export `drafter` and publish it; it is verified on the way."""
-    with tempfile.TemporaryDirectory() as folder:
-        drafter.export(Path(folder), dtype)
-        return registry.publish(
-            Path(folder),
-            kind=drafter.kind,
-            target=target,
-            parent=parent,
-            lineage=lineage,
-            acceptance=acceptance,
-        )
-
-
 def pretrain_from_folders(
     *,
     target: Path,
@@ -174,17 +134,3 @@ def evaluate_folders(
     replay = Replay(rollouts, holdout_fraction=1.0)
     replay.refresh()
     return estimate(model, replay, replayable(replay, k), k, method)
-
-
-def publish_folder(folder: Path, *, target: Path, registry: Path) -> Manifest:
-    """The ``publish`` command: put a drafter made elsewhere into a registry."""
-    shelf = Registry(registry)
-    kind = load_drafter(folder, PolicyShape.from_folder(target)).kind
-    return shelf.publish(
-        folder,
-        kind=kind,
-        target=TargetFingerprint.from_folder(target),
-        parent=shelf.latest(),
-        lineage=Lineage(policy_versions=[], rollouts=0, tokens=0, optimizer_steps=0),
-        acceptance=None,
-    )

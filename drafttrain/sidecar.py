@@ -23,13 +23,13 @@ import watchfiles
 from drafttrain.checkpoints.manifest import Lineage, TargetFingerprint
 from drafttrain.checkpoints.registry import Registry
 from drafttrain.config import SidecarConfig
-from drafttrain.control.acceptance import AcceptanceEstimate, usable
+from drafttrain.control.acceptance import AcceptanceEstimate, estimate_acceptance, usable
 from drafttrain.control.gate import Verdict, judge
 from drafttrain.drafters import load_drafter
 from drafttrain.drafters.contract import Drafter
 from drafttrain.drafters.policy import PolicyShape
 from drafttrain.errors import ConfigError, EngineUnreachable
-from drafttrain.pretrain import as_manifest_entry, estimate, publish_drafter
+from drafttrain.publishing import as_manifest_entry, publish_drafter, publish_folder
 from drafttrain.rollouts.record import Rollout
 from drafttrain.rollouts.replay import Replay
 from drafttrain.telemetry import EventLog
@@ -152,8 +152,14 @@ class Sidecar:
         return verdict.publish
 
     def _estimate(self, drafter: Drafter, rollouts: list[Rollout]) -> AcceptanceEstimate:
-        k, method = self.config.training.draft_tokens, self.config.gate.draft_sample_method
-        return estimate(drafter, self.replay, rollouts, k, method)
+        return estimate_acceptance(
+            drafter,
+            rollouts,
+            self.replay.layout,
+            self.replay.heads_of(rollouts),
+            k=self.config.training.draft_tokens,
+            method=self.config.gate.draft_sample_method,
+        )
 
     def _publish(
         self, candidate: AcceptanceEstimate, verdict: Verdict, held_out: list[Rollout]
@@ -207,15 +213,7 @@ class Sidecar:
         if self.config.drafter is None:
             problem = "missing; the registry is empty, so a drafter to start from is needed"
             raise ConfigError(self.config.registry, "drafter", problem)
-        first = load_drafter(self.config.drafter, self.policy)
-        return self.registry.publish(
-            self.config.drafter,
-            kind=first.kind,
-            target=self.target,
-            parent=None,
-            lineage=Lineage(policy_versions=[], rollouts=0, tokens=0, optimizer_steps=0),
-            acceptance=None,
-        ).version
+        return publish_folder(self.config.drafter, self.config.target, self.registry).version
 
     def _serve(self, version: int) -> None:
         """From now on engines are to serve `version`, and candidates are compared with it."""

@@ -69,7 +69,7 @@ def draft_one_round(
     attention = layer.self_attn
     features = [drafter.fc(aux[s].flatten()) for s in range(slot + 1)]
     outputs = []
-    for depth in range(depths):
+    for _ in range(depths):
         inputs, rows = torch.stack(features), len(features)
         embeds = F.embedding(tokens[1 : rows + 1], embed)
         normed = layer.hidden_norm(inputs)
@@ -113,8 +113,12 @@ def test_rollouts_of_a_batch_do_not_see_each_other() -> None:
     embed = torch.randn(policy.vocab_size, policy.hidden_size, dtype=torch.float64)
     both = tiny_batch(policy, [12, 8])
     assert both.aux_hidden is not None
-    alone = Batch(**{name: value[1:, :8] if value.dim() > 1 else value[1:]
-                     for name, value in vars(both).items()})
+    alone = Batch(
+        **{
+            name: value[1:, :8] if value.dim() > 1 else value[1:]
+            for name, value in vars(both).items()
+        }
+    )
     together = drafter.unroll(both, embed, DEPTHS)[:, 1, : 8 - 1 - DEPTHS]
     torch.testing.assert_close(
         together, drafter.unroll(alone, embed, DEPTHS)[:, 0, : 8 - 1 - DEPTHS]

@@ -1,10 +1,10 @@
 """A correction of vLLM's CPU sampler under speculation.
 
-Cause: ``_expand_kernel_impl`` (vLLM 0.32.0, ``vllm/utils/cpu_triton_utils.py``), the CPU fallback of
-the Triton kernel behind ``vllm.v1.sample.rejection_sampler.expand_batch_to_tokens``, hands the C++
-kernel an int64 *copy* of an output that is float or int32, and never copies it back. Per-token
-temperature, top-k and top-p are then uninitialised memory, and sampled outputs are not the policy's.
-The Triton kernel on GPUs is right.
+Cause: ``_expand_kernel_impl`` (vLLM 0.32.0, ``vllm/utils/cpu_triton_utils.py``) is the CPU fallback
+of the Triton kernel behind ``vllm.v1.sample.rejection_sampler.expand_batch_to_tokens``. It hands
+the C++ kernel an int64 *copy* of an output that is float or int32, and never copies it back.
+Per-token temperature, top-k and top-p are then uninitialised memory, and sampled outputs are not
+the policy's. The Triton kernel on GPUs is right.
 
 Applied only where the fault shows, by calling vLLM's own function once. It can go when the oldest
 vLLM we support fills that output.
@@ -55,6 +55,13 @@ def is_faulty(expand: Any) -> bool:
     return False
 
 
+def in_force() -> bool:
+    """Whether this process's vLLM is corrected."""
+    from vllm.v1.sample import rejection_sampler
+
+    return rejection_sampler.expand_batch_to_tokens is expand_batch_to_tokens
+
+
 def apply() -> bool:
     """Corrects this process's vLLM if it runs on CPU and has the fault; harmless when repeated.
 
@@ -67,7 +74,7 @@ def apply() -> bool:
         return False
     from vllm.v1.sample import rejection_sampler
 
-    if rejection_sampler.expand_batch_to_tokens is expand_batch_to_tokens:
+    if in_force():
         return True
     if not is_faulty(rejection_sampler.expand_batch_to_tokens):
         return False
@@ -80,5 +87,5 @@ def remove() -> None:
     """Puts vLLM's own function back; harmless when the correction is not in force."""
     from vllm.v1.sample import rejection_sampler
 
-    if rejection_sampler.expand_batch_to_tokens is expand_batch_to_tokens:
+    if in_force():
         rejection_sampler.expand_batch_to_tokens = getattr(rejection_sampler, _ORIGINAL)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.models.interfaces import supports_multimodal
@@ -17,34 +17,35 @@ from drafttrain.rollouts.record import FeatureLayout, PolicyHead
 
 @dataclass(frozen=True)
 class PolicyParts:
-    """The policy's live modules; ``vocab_size`` without vLLM's padding rows."""
+    """The policy's live modules, vLLM's own; ``vocab_size`` without its padding rows."""
 
-    embed_tokens: nn.Module
-    lm_head: nn.Module
-    norm: nn.Module | None
+    embed_tokens: Any
+    lm_head: Any
+    norm: Any
     layer_ids: tuple[int, ...]
     hidden_size: int
     vocab_size: int
 
 
-def policy_parts(model: nn.Module, model_config: Any) -> PolicyParts:
+def policy_parts(model: Any, model_config: Any) -> PolicyParts:
     """Finds them in a vLLM causal LM.
 
     Raises:
         EngineError: this architecture keeps them elsewhere.
     """
-    language: Any = model.get_language_model() if supports_multimodal(model) else model
+    language = model.get_language_model() if supports_multimodal(model) else model
     inner = getattr(language, "model", None)
     embed = getattr(inner, "embed_tokens", None)
+    norm = getattr(inner, "norm", None)
     head = getattr(language, "lm_head", None)
-    if embed is None or head is None:
+    if embed is None or head is None or not hasattr(norm, "variance_epsilon"):
         raise EngineError(
-            f"{type(model).__name__} has no model.embed_tokens and lm_head to take the head from"
+            f"{type(model).__name__} lacks model.embed_tokens, lm_head or an RMS model.norm"
         )
     return PolicyParts(
         embed_tokens=embed,
         lm_head=head,
-        norm=getattr(inner, "norm", None),
+        norm=norm,
         layer_ids=tuple(getattr(inner, "aux_hidden_state_layers", ())),
         hidden_size=model_config.get_hidden_size(),
         vocab_size=model_config.get_vocab_size(),
@@ -57,23 +58,23 @@ def head_weight(parts: PolicyParts) -> Tensor:
     vLLM leaves an unquantised output head's weight in place, also where it packs linears (CPU). A
     quantised head has no such weight: applied to the identity it gives the one it computes with.
     """
-    weight = parts.lm_head.weight
+    weight: Tensor = parts.lm_head.weight
     if not (weight.is_floating_point() and weight.dim() == 2 and weight.numel()):
-        identity = torch.eye(parts.hidden_size, dtype=_float_dtype(parts), device=weight.device)
+        identity = torch.eye(parts.hidden_size, dtype=parts.norm.weight.dtype, device=weight.device)
         weight = parts.lm_head.quant_method.apply(parts.lm_head, identity).T
-    return tensor_model_parallel_all_gather(weight, dim=0)[: parts.vocab_size]
+    whole: Tensor = tensor_model_parallel_all_gather(weight, dim=0)
+    return whole[: parts.vocab_size]
 
 
 def clone_head(parts: PolicyParts, policy_version: int) -> PolicyHead:
     """A copy of the head on the policy's device (a collective: every rank calls it)."""
     ids = torch.arange(parts.vocab_size, device=parts.lm_head.weight.device)
-    norm = parts.norm
     return PolicyHead(
         policy_version=policy_version,
         embed_tokens=parts.embed_tokens(ids).clone(),
         lm_head=head_weight(parts).clone(),
-        final_norm=None if norm is None else norm.weight.detach().clone(),
-        norm_eps=_norm_eps(norm),
+        final_norm=parts.norm.weight.clone(),
+        norm_eps=parts.norm.variance_epsilon,
     )
 
 
@@ -92,16 +93,12 @@ def feature_layout(
         layer_ids: of the aux states the engine returns.
     """
     weight = head_weight(parts)
-    as_is = _alignment(weight, hidden, logits)
-    normed = as_is
-    if parts.norm is not None:
-        eps = _norm_eps(parts.norm)
-        again = F.rms_norm(hidden.float(), hidden.shape, parts.norm.weight.float(), eps)
-        normed = _alignment(weight, again, logits)
+    norm = parts.norm
+    normed = F.rms_norm(hidden.float(), hidden.shape, norm.weight.float(), norm.variance_epsilon)
     return FeatureLayout(
         layer_ids=layer_ids,
         hidden_size=hidden.shape[-1],
-        last_hidden_normed=as_is >= normed,
+        last_hidden_normed=_alignment(weight, hidden, logits) >= _alignment(weight, normed, logits),
         dtype=str(hidden.dtype).removeprefix("torch."),
     )
 
@@ -109,11 +106,3 @@ def feature_layout(
 def _alignment(weight: Tensor, hidden: Tensor, logits: Tensor) -> float:
     product = torch.mv(weight, hidden.to(weight.dtype)).float()
     return float(F.cosine_similarity(product, logits.float(), dim=0))
-
-
-def _norm_eps(norm: nn.Module | None) -> float:
-    return 0.0 if norm is None else float(getattr(norm, "variance_epsilon", 1e-6))
-
-
-def _float_dtype(parts: PolicyParts) -> torch.dtype:
-    return torch.float32 if parts.norm is None else parts.norm.weight.dtype

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from drafttrain.errors import DrafttrainError, InputError
+
 SCHEMA_VERSION = 1
 
 
@@ -97,7 +99,16 @@ class SwapResult(Message):
 
 
 class Refusal(Message):
-    """What was asked for was not done, and why; ``status`` is the HTTP status that says so."""
+    """What was asked for was not done, and why.
+
+    A worker answers with it instead of raising: exceptions do not cross vLLM's process boundaries
+    in one piece.
+    """
 
     error: str
     status: int
+    """The HTTP status that says so."""
+
+    @classmethod
+    def of(cls, error: DrafttrainError) -> Refusal:
+        return cls(error=str(error), status=422 if isinstance(error, InputError) else 409)

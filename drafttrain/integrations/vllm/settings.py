@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from drafttrain.config import explain
 from drafttrain.errors import ConfigError
 
 KEY = "drafttrain"
@@ -71,6 +72,4 @@ def engine_settings(vllm_config: Any) -> EngineSettings | None:
     try:
         return EngineSettings.model_validate(given)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in (KEY, *first["loc"]))
-        raise ConfigError("additional_config", field, first["msg"]) from error
+        raise explain(error, f"additional_config.{KEY}", ConfigError) from error

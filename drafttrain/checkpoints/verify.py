@@ -1,0 +1,208 @@
+"""Everything about a drafter folder that can be checked before an engine touches its weights.
+
+An engine checks almost nothing itself: a tensor that is missing or half a fused group stays
+uninitialised, and it has no way back. So whatever enters a registry or an engine passes
+:func:`verify` first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from drafttrain.checkpoints.formats import (
+    LAYER,
+    LAYER_ALIAS,
+    expected_tensors,
+    kind_of,
+    with_defaults,
+)
+from drafttrain.checkpoints.manifest import FILE_NAME, Manifest, TargetFingerprint, read_json
+from drafttrain.errors import CheckpointError
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+FILES = (CONFIG, WEIGHTS)
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = {"d2t": (torch.int64,), "t2d": (torch.bool,)}
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A drafter folder that passed.
+
+    Attributes:
+        config: ``config.json``, with the engine's defaults for absent keys filled in.
+        tensors: as named in the file; CPU, mapped from it, not copied.
+        manifest: None when the folder has none (made elsewhere).
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    manifest: Manifest | None
+
+
+def verify(folder: str | Path, target: TargetFingerprint | None = None) -> Verified:
+    """Read a drafter folder and check hashes, names, shapes, dtypes, values and fit.
+
+    Args:
+        folder: with ``config.json`` and ``model.safetensors``; ``manifest.json`` when from a
+            registry.
+        target: the policy it must fit; without it only what the folder says itself is checked.
+
+    Raises:
+        CheckpointError: names the file and the field at fault.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(folder, "folder", "missing; expected a drafter folder")
+    manifest = Manifest.read(folder) if (folder / FILE_NAME).exists() else None
+    if manifest is not None:
+        _check_hashes(folder, manifest)
+    config = with_defaults(read_json(folder / CONFIG), folder / CONFIG)
+    if target is not None:
+        _check_target(folder, config, target)
+    tensors = read_tensors(folder / WEIGHTS)
+    _check_tensors(folder / WEIGHTS, config, tensors)
+    _check_draft_vocabulary(folder / WEIGHTS, config, tensors)
+    if manifest is not None:
+        _check_manifest(folder, manifest, config, tensors)
+    return Verified(config, tensors, manifest)
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(path, "file", f"cannot be read: {error.strerror}") from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Map a safetensors file.
+
+    safetensors itself refuses a header that is over 100 MB, longer than the file, or whose
+    offsets do not cover the rest of the file exactly.
+
+    Raises:
+        CheckpointError: missing, unreadable, or not a whole safetensors file.
+    """
+    if not path.is_file():
+        raise CheckpointError(path, "file", "missing")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(path, "file", f"is not a whole safetensors file: {error}") from error
+
+
+def dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _check_hashes(folder: Path, manifest: Manifest) -> None:
+    if sorted(manifest.files) != sorted(FILES):
+        problem = f"{sorted(manifest.files)!r:.200}, expected {sorted(FILES)}"
+        raise CheckpointError(folder / FILE_NAME, "files", problem)
+    for name, expected in manifest.files.items():
+        found = sha256_of(folder / name)
+        if found != expected:
+            problem = f"{found}, but the manifest says {expected:.64}"
+            raise CheckpointError(folder / name, "sha256", problem)
+
+
+def _check_manifest(
+    folder: Path, manifest: Manifest, config: dict[str, Any], tensors: dict[str, Tensor]
+) -> None:
+    path = folder / FILE_NAME
+    if manifest.kind != kind_of(config):
+        raise CheckpointError(path, "kind", f"{manifest.kind}, but the config says otherwise")
+    if manifest.layer_ids != config["eagle_aux_hidden_state_layer_ids"]:
+        raise CheckpointError(path, "layer_ids", f"{manifest.layer_ids} differ from the config's")
+    listed = {name: (spec.dtype, tuple(spec.shape)) for name, spec in manifest.tensors.items()}
+    found = {name: (dtype_name(tensor), tuple(tensor.shape)) for name, tensor in tensors.items()}
+    if listed != found:
+        raise CheckpointError(path, "tensors", f"differ from those in {WEIGHTS}")
+
+
+def _check_target(folder: Path, config: dict[str, Any], target: TargetFingerprint) -> None:
+    # Not the architecture: engines and transformers name the same policy differently.
+    for field, expected in (
+        ("target_hidden_size", target.hidden_size),
+        ("vocab_size", target.vocab_size),
+    ):
+        if config[field] != expected:
+            problem = f"{config[field]}, but the policy has {expected}"
+            raise CheckpointError(folder / CONFIG, field, problem)
+    deepest = max(config["eagle_aux_hidden_state_layer_ids"])
+    if deepest > target.num_hidden_layers:
+        problem = f"{deepest}, but the policy has {target.num_hidden_layers} layers"
+        raise CheckpointError(folder / CONFIG, "eagle_aux_hidden_state_layer_ids", problem)
+
+
+def _check_tensors(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    expected = expected_tensors(config)
+    shapes = {**expected.required, **expected.optional}
+    canonical = {_canonical(name): tensor for name, tensor in tensors.items()}
+    if len(canonical) != len(tensors):
+        raise CheckpointError(path, LAYER, f"also present as {LAYER_ALIAS}")
+    missing = sorted(expected.required.keys() - canonical.keys())
+    if missing:
+        raise CheckpointError(path, missing[0], _missing(missing))
+    unknown = sorted(canonical.keys() - shapes.keys())
+    if unknown:
+        raise CheckpointError(path, unknown[0], "unknown tensor, or not one this config has")
+    for name, tensor in canonical.items():
+        _check_tensor(path, name, tensor, shapes[name])
+
+
+def _canonical(name: str) -> str:
+    return LAYER + name.removeprefix(LAYER_ALIAS) if name.startswith(LAYER_ALIAS) else name
+
+
+def _missing(names: list[str]) -> str:
+    more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    return f"missing{more}"
+
+
+def _check_tensor(path: Path, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise CheckpointError(path, name, f"shape {list(tensor.shape)}, expected {list(shape)}")
+    allowed = _DTYPES.get(name, _FLOATS)
+    if tensor.dtype not in allowed:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        raise CheckpointError(path, name, f"dtype {dtype_name(tensor)}, expected {names}")
+    # NaN and infinities survive min and max, which need no memory of the tensor's size.
+    if tensor.is_floating_point():
+        low, high = torch.aminmax(tensor)
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise CheckpointError(path, name, "holds NaN or infinite values")
+
+
+def _check_draft_vocabulary(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    if "d2t" not in tensors:
+        return
+    size = config["vocab_size"]
+    offsets = tensors["d2t"]
+    # Compared before adding: a sum of hostile offsets could wrap around into the range.
+    index = torch.arange(len(offsets))
+    if bool(((offsets < -index) | (offsets >= size - index)).any()):
+        raise CheckpointError(path, "d2t", f"target ids outside 0..{size - 1}")
+    ids = offsets + index
+    if len(ids.unique()) != len(ids):
+        raise CheckpointError(path, "d2t", "two draft tokens give the same target id")
+    if "t2d" in tensors and not torch.equal(tensors["t2d"].nonzero()[:, 0], ids.sort().values):
+        raise CheckpointError(path, "t2d", "marks other target ids than d2t gives")

@@ -1,0 +1,33 @@
+"""The demo: a small RL job of our own, with the whole loop beside it on a real vLLM engine.
+
+``task`` says what the policy must do, ``policy`` trains one from nothing, ``grpo`` moves it,
+``arms`` are the engines, ``run`` tells the story in order, ``checks`` and ``report`` end it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Read when torch and vLLM are first imported, so before any import that brings them.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # engines in this process: no core lost to waiting
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+def run_demo(out: Path, rl_steps: int | None, seed: int) -> None:
+    """Run the demo into `out`.
+
+    Raises:
+        DrafttrainError: something it needs is missing, such as vLLM.
+    """
+    os.environ.update(ENVIRONMENT)
+    from drafttrain.demo.run import Demo
+
+    Demo(out, seed=seed, **({} if rl_steps is None else {"rl_steps": rl_steps})).run()

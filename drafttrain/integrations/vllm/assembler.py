@@ -1,0 +1,248 @@
+"""The assembler: a thread that turns engine steps into rollouts.
+
+It owns everything about running requests; the engine's thread only puts steps on its queue and
+reads its counters. Should it die of an unexpected error, the traceback is printed, generation goes
+on, and the status says that nothing is captured any more.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from drafttrain.integrations.vllm.counters import Counters
+from drafttrain.integrations.vllm.live import Bytes, LiveRequest
+from drafttrain.integrations.vllm.segments import Segments
+from drafttrain.integrations.vllm.settings import EngineSettings
+from drafttrain.integrations.vllm.steps import DeviceSampled, Ended, HeadTaken, Step
+from drafttrain.rollouts.spool import SpoolWriter
+
+# Steps gather this long before the thread takes them: each time it wakes, the engine's thread may
+# have to wait for the interpreter lock.
+_GATHER_SECONDS = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class _Flush:
+    """Everything before it on the queue is to be written now; then ``done`` is set."""
+
+    done: threading.Event
+    last: bool = False
+
+
+Item = Step | Ended | HeadTaken | _Flush
+
+
+class Assembler:
+    """See the module.
+
+    Args:
+        settings: of the engine.
+        engine: this engine's name.
+        max_model_len: of the policy.
+        writer: of the spool; None: acceptance is counted, rollouts are not kept.
+    """
+
+    def __init__(
+        self, settings: EngineSettings, engine: str, max_model_len: int, writer: SpoolWriter | None
+    ) -> None:
+        self.counters = Counters()
+        self._engine = engine
+        self._max_model_len = max_model_len
+        self._max_bytes = settings.max_buffer_bytes
+        self._segments = None if writer is None else Segments(writer, settings, self.counters)
+        self._queue: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        self._put_bytes = self._taken_bytes = 0  # each written by one thread only: no lock
+        self._live: dict[str, LiveRequest] = {}
+        self._live_bytes = 0
+        self._thread = threading.Thread(target=self._run, name="drafttrain-tap", daemon=True)
+        self._thread.start()
+
+    # ---- called by the engine's thread
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the rows of another step fit into the queue."""
+        return self._put_bytes - self._taken_bytes < self._max_bytes
+
+    @property
+    def running(self) -> int:
+        return len(self._live)
+
+    def put(self, item: Step | Ended | HeadTaken) -> None:
+        if isinstance(item, Step) and item.rows is not None:
+            self._put_bytes += item.rows.tensor.nbytes
+        self._queue.put(item)
+
+    def flush(self, *, last: bool = False, timeout: float = 60.0) -> bool:
+        """Waits until every finished rollout is written; with ``last`` the thread ends.
+
+        Returns:
+            Whether that was done in time.
+        """
+        if not self.alive:
+            return False
+        request = _Flush(threading.Event(), last)
+        self._queue.put(request)
+        return request.done.wait(timeout)
+
+    def close(self) -> None:
+        """Writes what is finished and ends the thread."""
+        self.flush(last=True)
+
+    # ---- its own thread
+
+    def _run(self) -> None:
+        while True:
+            for item in self._gather():
+                if isinstance(item, _Flush):
+                    self._answer(item)
+                    if item.last:
+                        return
+                elif isinstance(item, Step):
+                    self._take_step(item)
+                elif isinstance(item, Ended):
+                    self._take_ended(item)
+                else:
+                    self._take_head(item)
+            if self._segments is not None:
+                self._segments.write_due()
+
+    def _gather(self) -> list[Item]:
+        """Waits until there is work, or a segment is due."""
+        timeout = None if self._segments is None else self._segments.seconds_left()
+        try:
+            items = [self._queue.get(timeout=timeout)]
+        except queue.Empty:
+            return []
+        if not isinstance(items[0], _Flush):
+            time.sleep(_GATHER_SECONDS)
+        while not self._queue.empty():
+            items.append(self._queue.get())
+        return items
+
+    def _answer(self, flush: _Flush) -> None:
+        if self._segments is not None:
+            self._segments.write_all()
+        flush.done.set()
+
+    def _take_head(self, item: HeadTaken) -> None:
+        if self._segments is not None:
+            self._segments.layout = item.layout
+            self._segments.write_head(item.wait())
+
+    def _take_ended(self, item: Ended) -> None:
+        live = self._live.get(item.req_id)
+        if live is not None:
+            self._finish(live, live.reason_when_ended())
+
+    def _take_step(self, step: Step) -> None:
+        for request in step.new_requests:
+            self._open(request, step.drafter_version)
+        rows = self._bytes_of(step)
+        lists = step.sampled.lists() if isinstance(step.sampled, DeviceSampled) else step.sampled
+        drafts = step.drafts or [0] * len(step.req_ids)
+        batch = zip(step.req_ids, step.scheduled, drafts, step.starts.tolist(), lists, strict=True)
+        offset = 0
+        for req_id, scheduled, drafted, start, sampled in batch:
+            live = self._live.get(req_id)
+            if live is not None:
+                # len(sampled) - 1 of the drafts were accepted; a rejected one's row is of no token.
+                rejected = drafted - max(len(sampled) - 1, 0) if drafted else 0
+                end = offset + scheduled - rejected
+                if rows is not None and not live.lost:
+                    self._keep_rows(live, start, rows[offset:end], step.policy_version)
+                elif step.lost:
+                    self._lose_rows(live)
+                self._advance(live, step, start + end - offset, drafted, sampled)
+            offset += scheduled
+
+    def _bytes_of(self, step: Step) -> Bytes | None:
+        """[N, bytes of a row]: bytes, because numpy knows no bfloat16."""
+        if step.rows is None:
+            return None
+        tensor = step.rows.wait()
+        self._taken_bytes += tensor.nbytes
+        rows: Bytes = tensor.flatten(1).view(torch.uint8).numpy()
+        return rows
+
+    def _open(self, request: Any, drafter_version: int | None) -> None:
+        """Follows a new request, unless more than its token ids determines its states."""
+        streamed = self._live.pop(request.req_id, None)
+        if streamed is not None:
+            self._live_bytes -= streamed.held_bytes
+        if (
+            streamed is not None
+            or request.prompt_token_ids is None
+            or request.prompt_embeds is not None
+            or request.mm_features
+            or request.lora_request is not None
+        ):
+            self.counters.skipped += 1
+            return
+        self._live[request.req_id] = LiveRequest(
+            request.req_id,
+            request.prompt_token_ids,
+            request.sampling_params,
+            self._max_model_len,
+            drafter_version,
+        )
+        self.counters.requests[drafter_version] += 1
+
+    def _keep_rows(self, live: LiveRequest, start: int, rows: Bytes, policy_version: int) -> None:
+        held = self._live_bytes + (self._segments.held_bytes if self._segments else 0)
+        if held + rows.nbytes > self._max_bytes:
+            self._lose_rows(live)
+            return
+        live.write_rows(start, rows, policy_version)
+        self._live_bytes += rows.nbytes
+
+    def _lose_rows(self, live: LiveRequest) -> None:
+        self._live_bytes -= live.held_bytes
+        live.lose_rows()
+
+    def _advance(
+        self, live: LiveRequest, step: Step, end: int, drafted: int, sampled: list[int]
+    ) -> None:
+        """Tokens and counts of one request in one step; ``end``: position after its last row."""
+        if drafted and sampled:
+            self._count(live, step, drafted, len(sampled) - 1)
+        reason = live.append(sampled)
+        if reason is not None:
+            self._finish(live, reason)
+        # Rows reach up to the token before the newest, which was sampled from the last of them.
+        elif end != live.num_tokens - 1 if sampled else end > live.num_tokens:
+            live.damaged = True
+
+    def _count(self, live: LiveRequest, step: Step, drafted: int, accepted: int) -> None:
+        live.rounds += 1
+        live.drafted += drafted
+        live.accepted += accepted
+        self.counters.total.add(drafted, accepted)
+        live.one_drafter &= step.drafted_by == live.drafter_version
+        if live.one_drafter:
+            self.counters.by_version[live.drafter_version].add(drafted, accepted)
+
+    def _finish(self, live: LiveRequest, reason: str | None) -> None:
+        del self._live[live.req_id]
+        self._live_bytes -= live.held_bytes
+        counters = self.counters
+        if live.damaged:
+            counters.damaged += 1
+        elif live.lost:
+            counters.dropped += 1
+        elif self._segments is None or self._segments.layout is None or not live.captured.any():
+            counters.uncaptured += 1
+        else:
+            rollout_id = f"{self._engine}:{live.req_id}"
+            rollout = live.rollout(rollout_id, self._segments.layout, reason)
+            self._segments.add(rollout, live.held_bytes)

@@ -1,0 +1,115 @@
+"""The two control routes, without a web framework: ``routes`` and ``local`` only carry them.
+
+    GET  /drafttrain/status                      EngineStatus
+    POST /drafttrain/drafter  {"version": N}     SwapResult
+
+A request becomes a call of a worker method (:func:`route`), the workers' replies become the answer
+(:func:`answer`); anything wrong becomes ``{"error": ...}`` with a status:
+
+    400  not JSON, or without a version          409  refused as things are (no registry, not on)
+    401  bearer token missing or wrong           422  no such version, or it does not fit
+    404  no such route, or drafttrain is not switched on in this engine
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from drafttrain.errors import ConfigError
+
+STATUS = "/drafttrain/status"
+DRAFTER = "/drafttrain/drafter"
+TOKEN_VARIABLE = "DRAFTTRAIN_TOKEN"
+
+MAX_BODY_BYTES = 4096
+# Versions are numbered from one; what does not fit the registry's folder names cannot exist.
+_MAX_VERSION = 999_999_999
+
+
+@dataclass(frozen=True)
+class Call:
+    """A worker method to be run by ``collective_rpc``."""
+
+    method: str
+    args: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What goes back to the client, as JSON."""
+
+    status: int
+    body: dict[str, Any]
+
+
+def read_token(token_file: Path | None) -> str | None:
+    """The bearer token: from the file, else from ``DRAFTTRAIN_TOKEN``, else None (no guard).
+
+    Raises:
+        ConfigError: the file is unreadable or empty.
+    """
+    if token_file is None:
+        return os.environ.get(TOKEN_VARIABLE) or None
+    try:
+        token = token_file.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(token_file, "token", f"cannot be read: {error}") from error
+    if not token:
+        raise ConfigError(token_file, "token", "the file is empty")
+    return token
+
+
+def route(
+    method: str, path: str, body: bytes, authorization: str | None, token: str | None
+) -> Call | Answer:
+    """The worker call that a request asks for, or the answer why not.
+
+    Args:
+        method: HTTP's.
+        path: without the query.
+        body: of the request.
+        authorization: value of that header.
+        token: that POST must bring; None: none.
+    """
+    if (method, path) == ("GET", STATUS):
+        return Call("drafttrain_status")
+    if (method, path) != ("POST", DRAFTER):
+        return _refused(404, "no such route")
+    if token is not None and not _bears(authorization, token):
+        return _refused(401, "the bearer token is missing or wrong")
+    version = _version(body)
+    if version is None:
+        return _refused(400, 'expected {"version": N} with a positive integer')
+    return Call("drafttrain_swap", (version,))
+
+
+def answer(replies: list[dict[str, Any]]) -> Answer:
+    """The workers' replies as one: theirs agree, or one says what went wrong."""
+    for reply in replies:
+        if "error" in reply:
+            return _refused(reply["status"], reply["error"])
+    return Answer(200, replies[0])
+
+
+def _bears(authorization: str | None, token: str) -> bool:
+    scheme, _, given = (authorization or "").partition(" ")
+    right = hmac.compare_digest(given.strip().encode(), token.encode())
+    return right and scheme.lower() == "bearer"
+
+
+def _version(body: bytes) -> int | None:
+    try:
+        document = json.loads(body) if len(body) <= MAX_BODY_BYTES else None
+    except (ValueError, RecursionError):
+        return None
+    version = document.get("version") if isinstance(document, dict) else None
+    return version if type(version) is int and 0 < version <= _MAX_VERSION else None
+
+
+def _refused(status: int, error: str) -> Answer:
+    return Answer(status, {"error": error})

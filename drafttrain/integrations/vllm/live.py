@@ -1,0 +1,133 @@
+"""A request while it runs, on its way to becoming a rollout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from vllm.v1.core.sched.utils import check_stop
+from vllm.v1.request import RequestStatus
+
+from drafttrain.rollouts.record import FeatureLayout, Rollout, prompt_group
+
+Bytes = NDArray[np.uint8]
+
+
+class LiveRequest:
+    """Tokens, rows and counts of one request; T tokens so far.
+
+    Also answers to what vLLM's ``check_stop`` asks of a request, so that a stop is judged here as
+    the scheduler judges it: the worker is told of it only at the next step, and after the last
+    request of a batch there may be none for a long time.
+    """
+
+    pooling_params = None
+    stop_reason: int | str | None = None
+    status: Any = None
+
+    def __init__(
+        self,
+        req_id: str,
+        prompt: list[int],
+        sampling_params: Any,
+        max_model_len: int,
+        drafter_version: int | None,
+    ) -> None:
+        self.req_id = req_id
+        self.sampling_params = sampling_params
+        self.tokens = list(prompt)
+        self.output_token_ids: list[int] = []
+        self.prompt_length = len(prompt)
+        self.max_tokens = sampling_params.max_tokens or max_model_len
+        self.max_length = min(max_model_len, self.prompt_length + self.max_tokens)
+        self.drafter_version = drafter_version
+        self.policy_version = 0
+        self.rounds = self.drafted = self.accepted = 0
+        self.one_drafter = True
+        self.lost = self.damaged = False
+        self.held_bytes = 0
+        self.captured = np.zeros(self.max_length, dtype=np.bool_)
+        self._max_model_len = max_model_len
+        self._rows: Bytes | None = None
+        self._stops = {sampling_params.eos_token_id, *(sampling_params.stop_token_ids or ())}
+        self._watch_repetition = sampling_params.repetition_detection is not None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.output_token_ids)
+
+    def write_rows(self, start: int, rows: Bytes, policy_version: int) -> None:
+        """Rows of positions ``start`` on, each as bytes; writing a position again replaces it."""
+        if self._rows is None:
+            # Zeros are not committed by the operating system before they are written to.
+            self._rows = np.zeros((self.max_length, rows.shape[1]), dtype=np.uint8)
+        if policy_version != self.policy_version:
+            self.captured[:] = False
+            self.policy_version = policy_version
+        end = min(start + len(rows), self.max_length)
+        if end > start:
+            self._rows[start:end] = rows[: end - start]
+            self.captured[start:end] = True
+            self.held_bytes += rows.nbytes
+
+    def lose_rows(self) -> None:
+        self.lost = True
+        self.held_bytes = 0
+        self._rows = None
+        self.captured[:] = False
+
+    def append(self, sampled: list[int]) -> str | None:
+        """Appends sampled tokens up to a stop.
+
+        Returns:
+            The finish reason when one of them ended the request.
+        """
+        near_limit = self.num_tokens + len(sampled) >= self.max_length
+        if not near_limit and not self._watch_repetition and self._stops.isdisjoint(sampled):
+            self.tokens += sampled
+            self.output_token_ids += sampled
+            return None
+        for token in sampled:
+            self.tokens.append(token)
+            self.output_token_ids.append(token)
+            if check_stop(self, self._max_model_len):
+                return "length" if self.status == RequestStatus.FINISHED_LENGTH_CAPPED else "stop"
+        return None
+
+    def reason_when_ended(self) -> str | None:
+        """The finish reason when the engine dropped the request before any stop of its own."""
+        # A stop string is found by the front end, which then aborts: it looks the same from here.
+        return None if self.sampling_params.stop else "abort"
+
+    def rollout(self, rollout_id: str, layout: FeatureLayout, reason: str | None) -> Rollout:
+        """The finished rollout; its tensors view this request's buffers."""
+        length = self.num_tokens
+        assert self._rows is not None
+        states = 1 + len(layout.layer_ids)
+        features = (
+            torch.from_numpy(self._rows[:length])
+            .view(getattr(torch, layout.dtype))
+            .view(length, states, layout.hidden_size)
+        )
+        return Rollout(
+            rollout_id=rollout_id,
+            group=prompt_group(self.tokens[: self.prompt_length]),
+            tokens=torch.tensor(self.tokens, dtype=torch.int32),
+            prompt_length=self.prompt_length,
+            captured=torch.from_numpy(self.captured[:length]),
+            last_hidden=features[:, 0],
+            aux_hidden=features[:, 1:] if states > 1 else None,
+            policy_version=self.policy_version,
+            drafter_version=self.drafter_version,
+            temperature=float(self.sampling_params.temperature),
+            finish_reason=reason,
+            rounds=self.rounds,
+            drafted=self.drafted,
+            accepted=self.accepted,
+        )

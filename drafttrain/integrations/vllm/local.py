@@ -1,0 +1,164 @@
+"""The control routes for an in-process ``LLM``, whose owner is busy in ``generate``.
+
+    with serve_engine(llm) as server:
+        EngineClient(server.url).swap(3)         # from anywhere
+        server.swap(3)                           # from this process
+
+Calls run between two engine steps, in the caller's thread, after at most one step.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from drafttrain.errors import EngineError
+from drafttrain.integrations.vllm.control import (
+    MAX_BODY_BYTES,
+    Answer,
+    Call,
+    answer,
+    read_token,
+    route,
+)
+from drafttrain.integrations.vllm.messages import EngineStatus, SwapResult
+from drafttrain.integrations.vllm.settings import engine_settings
+from drafttrain.integrations.vllm.turnstile import Turnstile
+
+# What touches the engine: its steps, and calls of worker methods, ours as well as the RL job's.
+_GUARDED = ("step", "collective_rpc", "sleep", "wake_up")
+_TURNSTILE = "_drafttrain_turnstile"
+
+
+class EngineServer:
+    """Serves one ``LLM`` until it is closed; the engine itself is left running."""
+
+    def __init__(self, llm: Any, host: str, port: int) -> None:
+        self._engine = llm.llm_engine
+        settings = engine_settings(self._engine.vllm_config)
+        token = read_token(settings.token_file if settings else None)
+        self._turnstile = _turnstile_of(self._engine)
+        self._server = ThreadingHTTPServer((host, port), _handler(self._ask, token))
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, name="drafttrain-http", daemon=True
+        )
+        self._thread.start()
+        bound_host, bound_port = self._server.server_address[:2]
+        self.url = f"http://{bound_host!s}:{bound_port}"
+
+    def status(self) -> EngineStatus:
+        """As ``GET /drafttrain/status``.
+
+        Raises:
+            EngineError: drafttrain is not switched on.
+        """
+        return EngineStatus.model_validate(self._body(Call("drafttrain_status")))
+
+    def swap(self, version: int) -> SwapResult:
+        """As ``POST /drafttrain/drafter``.
+
+        Raises:
+            EngineError: refused, with the reason; the old drafter serves on.
+        """
+        return SwapResult.model_validate(self._body(Call("drafttrain_swap", (version,))))
+
+    def close(self) -> None:
+        """Stops serving."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def __enter__(self) -> EngineServer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _ask(self, call: Call) -> Answer:
+        return answer(self._engine.collective_rpc(call.method, args=call.args))
+
+    def _body(self, call: Call) -> dict[str, Any]:
+        reply = self._ask(call)
+        if reply.status != 200:
+            raise EngineError(reply.body["error"])
+        return reply.body
+
+
+def serve_engine(llm: Any, host: str = "127.0.0.1", port: int = 0) -> EngineServer:
+    """Serves the control routes of an in-process ``vllm.LLM`` from a daemon thread.
+
+    Args:
+        llm: the ``vllm.LLM``, with or without an engine process of its own.
+        host: to listen on.
+        port: 0 picks a free one; see ``EngineServer.url``.
+
+    Raises:
+        ConfigError: the token file is unreadable or empty.
+        OSError: the port is taken.
+    """
+    return EngineServer(llm, host, port)
+
+
+def _turnstile_of(engine: Any) -> Turnstile:
+    turnstile: Turnstile | None = getattr(engine, _TURNSTILE, None)
+    if turnstile is None:
+        turnstile = Turnstile()
+        for name in _GUARDED:
+            turnstile.guard(engine, name)
+        _settle_when_idle(engine)
+        setattr(engine, _TURNSTILE, turnstile)
+    return turnstile
+
+
+def _settle_when_idle(engine: Any) -> None:
+    """Tells the workers about requests that ended in the last step.
+
+    An engine in its own process takes an empty step for that (``EngineCore.has_work`` counts
+    finished requests). One in this process is not stepped again before the next ``generate``: a
+    rollout ended by a stop string would wait for it.
+    """
+    core = getattr(engine.engine_core, "engine_core", None)
+    if core is None:
+        return
+    step = engine.step
+
+    def step_and_settle() -> Any:
+        outputs = step()
+        scheduler = core.scheduler
+        if scheduler.has_finished_requests() and not scheduler.has_unfinished_requests():
+            core.step_fn()
+        return outputs
+
+    engine.step = step_and_settle
+
+
+def _handler(ask: Callable[[Call], Answer], token: str | None) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._reply()
+
+        def do_POST(self) -> None:
+            self._reply()
+
+        def _reply(self) -> None:
+            length = self.headers.get("Content-Length", "0")
+            size = min(int(length), MAX_BODY_BYTES + 1) if length.isdigit() else 0
+            path = self.path.partition("?")[0]
+            authorization = self.headers.get("Authorization")
+            call = route(self.command, path, self.rfile.read(size), authorization, token)
+            reply = ask(call) if isinstance(call, Call) else call
+            content = json.dumps(reply.body).encode()
+            self.send_response(reply.status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Silent: the engine's log is not an access log."""
+
+    return Handler

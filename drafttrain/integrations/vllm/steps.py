@@ -1,0 +1,158 @@
+"""What the engine thread hands to the assembler, in the order it happened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from drafttrain.rollouts.record import FeatureLayout, PolicyHead
+
+
+@dataclass(frozen=True, slots=True)
+class HostCopy:
+    """A tensor on its way to host memory; :meth:`wait` belongs to the assembler's thread."""
+
+    tensor: Tensor
+    event: Any = None
+
+    def wait(self) -> Tensor:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.tensor
+
+
+def to_host(source: Tensor) -> HostCopy:
+    """Starts a copy to pinned memory without waiting for it; a CPU tensor is taken as it is."""
+    if source.device.type == "cpu":
+        return HostCopy(source)
+    stream = _copy_stream(source.device)
+    stream.wait_stream(torch.cuda.current_stream(source.device))
+    with torch.cuda.stream(stream):
+        host = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+        host.copy_(source, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(stream)
+    source.record_stream(stream)
+    return HostCopy(host, event)
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSampled:
+    """Token ids that asynchronous scheduling left on the device, on their way to the host."""
+
+    ids: Tensor
+    event: Any
+    invalid: list[int]
+    vocab_size: int
+
+    def lists(self) -> list[list[int]]:
+        from vllm.v1.sample.rejection_sampler import RejectionSampler
+
+        self.event.synchronize()
+        if self.ids.shape[-1] > 1:
+            parsed: list[list[int]] = RejectionSampler.parse_output(
+                self.ids, self.vocab_size, self.invalid
+            )[0]
+            return parsed
+        lists: list[list[int]] = self.ids.tolist()
+        for index in self.invalid:
+            lists[index].clear()
+        return lists
+
+
+Sampled = list[list[int]] | DeviceSampled
+
+
+def sampled_of(output: Any) -> Sampled:
+    """The sampled ids in what ``sample_tokens`` returned, per request of the batch."""
+    if hasattr(output, "async_copy_ready_event"):
+        return DeviceSampled(
+            ids=output.sampled_token_ids_cpu,
+            event=output.async_copy_ready_event,
+            invalid=output._invalid_req_indices,
+            vocab_size=output.vocab_size,
+        )
+    # Copied: the scheduler trims these very lists at a stop token.
+    return [list(ids) for ids in output.sampled_token_ids]
+
+
+@dataclass(slots=True)
+class Step:
+    """One engine step over R requests and N tokens.
+
+    Attributes:
+        new_requests: vLLM's ``NewRequestData`` of requests scheduled for the first time.
+        req_ids: [R] in batch order.
+        scheduled: [R] tokens computed for each; they lie end to end in ``rows``.
+        drafts: [R] of them draft tokens under verification; None when no request had any.
+        starts: [R] position of each request's first computed token.
+        rows: [N, 1 + A, H] last hidden state and aux states of the computed tokens, or None.
+        lost: there should have been rows, but there was no room for them.
+        policy_version: of the weights that computed them.
+        drafted_by: drafter version that proposed the drafts.
+        drafter_version: drafter version that serves requests which start now.
+        sampled: [R] accepted draft tokens and the one after them; empty where the prompt is not
+            through yet.
+    """
+
+    new_requests: list[Any]
+    req_ids: list[str]
+    scheduled: list[int]
+    drafts: list[int] | None
+    starts: NDArray[np.int32]
+    rows: HostCopy | None
+    lost: bool
+    policy_version: int
+    drafted_by: int | None
+    drafter_version: int | None
+    sampled: Sampled
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The engine has forgotten a request: finished, stopped by the front end, or aborted."""
+
+    req_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class HeadTaken:
+    """The policy's head, in force from here on."""
+
+    layout: FeatureLayout
+    policy_version: int
+    embed_tokens: HostCopy
+    lm_head: HostCopy
+    final_norm: HostCopy | None
+    norm_eps: float
+
+    @classmethod
+    def of(cls, head: PolicyHead, layout: FeatureLayout) -> HeadTaken:
+        return cls(
+            layout=layout,
+            policy_version=head.policy_version,
+            embed_tokens=to_host(head.embed_tokens),
+            lm_head=to_host(head.lm_head),
+            final_norm=None if head.final_norm is None else to_host(head.final_norm),
+            norm_eps=head.norm_eps,
+        )
+
+    def wait(self) -> PolicyHead:
+        return PolicyHead(
+            policy_version=self.policy_version,
+            embed_tokens=self.embed_tokens.wait(),
+            lm_head=self.lm_head.wait(),
+            final_norm=None if self.final_norm is None else self.final_norm.wait(),
+            norm_eps=self.norm_eps,
+        )
