@@ -198,7 +198,8 @@ def _sidecar(options: argparse.Namespace) -> None:
 
     config = load_config(options.config)
 
-    from drafttrain.integrations.vllm.client import EngineClient, read_token
+    from drafttrain.integrations.vllm.client import EngineClient
+    from drafttrain.integrations.vllm.control import read_token
     from drafttrain.sidecar import Sidecar, run_until_signal
 
     token = read_token(config.token_file)
@@ -254,7 +255,7 @@ def _versions(options: argparse.Namespace) -> None:
 
 def _status(options: argparse.Namespace) -> None:
     status = _engine(options).status()
-    print(json.dumps(status, indent=None if options.json else 2))
+    print(status.model_dump_json(indent=None if options.json else 2))
 
 
 def _swap(options: argparse.Namespace) -> None:
@@ -288,7 +289,8 @@ def _serve(options: argparse.Namespace, registry: Any, version: int) -> None:
 
 
 def _engine(options: argparse.Namespace) -> Any:
-    from drafttrain.integrations.vllm.client import EngineClient, read_token
+    from drafttrain.integrations.vllm.client import EngineClient
+    from drafttrain.integrations.vllm.control import read_token
 
     return EngineClient(options.engine, read_token(options.token_file))
 

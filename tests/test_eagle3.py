@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import making
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Qwen3Config
 
 import drafttrain.drafters.eagle3 as eagle3
 from drafttrain.drafters.batch import Batch
@@ -16,24 +16,9 @@ from drafttrain.drafters.policy import PolicyShape
 DEPTHS = 3
 
 
-def tiny_policy(**changes: object) -> PolicyShape:
-    settings = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "vocab_size": 23,
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": False,
-    }
-    return PolicyShape(Qwen3Config(**(settings | changes)))
-
-
 def tiny_drafter(policy: PolicyShape, seed: int = 0) -> Eagle3Drafter:
+    drafter = making.drafter(policy, seed)
     torch.manual_seed(seed)
-    drafter = Eagle3Drafter.initialise(policy)
     for parameter in drafter.parameters():  # the initial zeros would hide mistakes
         torch.nn.init.normal_(parameter, std=0.3)
     return drafter.double()
@@ -91,7 +76,7 @@ def test_unroll_equals_drafting_token_by_token(
     norm_before_residual: bool, query_block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(eagle3, "QUERY_BLOCK", query_block)
-    policy = tiny_policy()
+    policy = making.policy_shape()
     drafter = tiny_drafter(policy)
     drafter.midlayer.norm_before_residual = norm_before_residual
     lengths = [14, 9]
@@ -108,7 +93,7 @@ def test_unroll_equals_drafting_token_by_token(
 
 
 def test_rollouts_of_a_batch_do_not_see_each_other() -> None:
-    policy = tiny_policy()
+    policy = making.policy_shape()
     drafter = tiny_drafter(policy)
     embed = torch.randn(policy.vocab_size, policy.hidden_size, dtype=torch.float64)
     both = tiny_batch(policy, [12, 8])
@@ -126,7 +111,7 @@ def test_rollouts_of_a_batch_do_not_see_each_other() -> None:
 
 
 def test_missing_rows_are_not_attended() -> None:
-    policy = tiny_policy()
+    policy = making.policy_shape()
     drafter = tiny_drafter(policy)
     embed = torch.randn(policy.vocab_size, policy.hidden_size, dtype=torch.float64)
     batch = tiny_batch(policy, [12])

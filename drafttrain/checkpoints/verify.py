@@ -69,7 +69,7 @@ def verify(folder: str | Path, target: TargetFingerprint | None = None) -> Verif
         _check_hashes(folder, manifest)
     config = with_defaults(read_json(folder / CONFIG), folder / CONFIG)
     if target is not None:
-        _check_target(folder, config, target)
+        _check_target(folder, config, target, manifest)
     tensors = read_tensors(folder / WEIGHTS)
     _check_tensors(folder / WEIGHTS, config, tensors)
     _check_draft_vocabulary(folder / WEIGHTS, config, tensors)
@@ -138,7 +138,9 @@ def _check_manifest(
         raise CheckpointError(path, "tensors", f"differ from those in {WEIGHTS}")
 
 
-def _check_target(folder: Path, config: dict[str, Any], target: TargetFingerprint) -> None:
+def _check_target(
+    folder: Path, config: dict[str, Any], target: TargetFingerprint, manifest: Manifest | None
+) -> None:
     # Not the architecture: engines and transformers name the same policy differently.
     for field, expected in (
         ("target_hidden_size", target.hidden_size),
@@ -147,9 +149,13 @@ def _check_target(folder: Path, config: dict[str, Any], target: TargetFingerprin
         if config[field] != expected:
             problem = f"{config[field]}, but the policy has {expected}"
             raise CheckpointError(folder / CONFIG, field, problem)
+    layers = target.num_hidden_layers
+    if manifest is not None and manifest.target.num_hidden_layers != layers:
+        problem = f"{manifest.target.num_hidden_layers}, but the policy has {layers}"
+        raise CheckpointError(folder / FILE_NAME, "target.num_hidden_layers", problem)
     deepest = max(config["eagle_aux_hidden_state_layer_ids"])
-    if deepest > target.num_hidden_layers:
-        problem = f"{deepest}, but the policy has {target.num_hidden_layers} layers"
+    if deepest > layers:
+        problem = f"{deepest}, but the policy has {layers} layers"
         raise CheckpointError(folder / CONFIG, "eagle_aux_hidden_state_layer_ids", problem)
 
 

@@ -114,7 +114,7 @@ class Eagle3Attention(nn.Module):
         """Rotated query and key, and value: [B, heads, S, d] each."""
 
         def split(projected: Tensor, heads: int) -> Tensor:
-            return projected.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
+            return projected.view(*x.shape[:-1], heads, self.head_dim).transpose(1, 2)
 
         query = split(self.q_proj(x), self.heads)
         key = split(self.k_proj(x), self.kv_heads)

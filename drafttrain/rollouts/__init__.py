@@ -1,0 +1,1 @@
+"""What a rollout is, and how rollouts travel from engines to the trainer: record, spool, replay."""

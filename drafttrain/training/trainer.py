@@ -119,7 +119,7 @@ class Trainer:
             objective=self.config.objective,
             depth_decay=self.config.depth_decay,
         )
-        (result.loss * result.rows).backward()  # type: ignore[no-untyped-call]
+        (result.loss * result.rows).backward()
         return result.loss.item() * result.rows, result.acceptance, result.rows
 
     def _set_learning_rate(self) -> None:

@@ -29,6 +29,10 @@ _SIDE = "_drafttrain"
 _HOOKED = "_drafttrain_hooked"
 
 
+class NotSwitchedOn(EngineError):
+    """The plugin is installed, but this engine was not told to use it."""
+
+
 def register() -> None:
     """Gives vLLM's workers our methods and hooks; harmless when repeated."""
     from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
@@ -85,25 +89,27 @@ def _attach(worker: Any) -> None:
 def _side(worker: Any) -> EngineSide:
     side: EngineSide | None = getattr(worker, _SIDE, None)
     if side is None:
-        raise EngineError(f"drafttrain is not switched on in this engine; {SWITCH_ON}")
+        raise NotSwitchedOn(f"drafttrain is not switched on in this engine; {SWITCH_ON}")
     return side
 
 
-def _answer(ask: Callable[[], BaseModel]) -> dict[str, Any]:
+def _answer(worker: Any, ask: Callable[[EngineSide], BaseModel]) -> dict[str, Any]:
     try:
-        return ask().model_dump(mode="json")
+        return ask(_side(worker)).model_dump(mode="json")
+    except NotSwitchedOn as error:
+        return Refusal(error=str(error), status=404).model_dump()
     except DrafttrainError as error:
         return Refusal.of(error).model_dump()
 
 
 def drafttrain_status(worker: Any) -> dict[str, Any]:
     """An :class:`EngineStatus` as a dict, or a :class:`Refusal` when not switched on."""
-    return _answer(lambda: _side(worker).status())
+    return _answer(worker, lambda side: side.status())
 
 
 def drafttrain_swap(worker: Any, version: int) -> dict[str, Any]:
     """A :class:`SwapResult` as a dict, or a :class:`Refusal`; the old drafter then serves on."""
-    return _answer(lambda: _side(worker).swap(version))
+    return _answer(worker, lambda side: side.swap(version))
 
 
 def drafttrain_policy_version(worker: Any, version: int) -> int:

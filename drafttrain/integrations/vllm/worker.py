@@ -8,7 +8,7 @@ from typing import Any
 
 import vllm
 
-import drafttrain
+from drafttrain import __version__
 from drafttrain.errors import EngineError
 from drafttrain.integrations.vllm import cpu_sampler
 from drafttrain.integrations.vllm.assembler import Assembler
@@ -60,7 +60,7 @@ class EngineSide:
         drafter = self.versions.drafter
         counters = self._assembler.counters if self._assembler else Counters()
         return EngineStatus(
-            plugin=drafttrain.__version__,
+            plugin=__version__,
             vllm=vllm.__version__,
             engine=self._name,
             method=speculative.method if speculative else None,

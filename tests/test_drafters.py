@@ -1,0 +1,82 @@
+"""The contract every kind of drafter keeps, over the kinds there are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import making
+import pytest
+import torch
+
+from drafttrain.checkpoints.manifest import TargetFingerprint
+from drafttrain.checkpoints.verify import verify
+from drafttrain.drafters import KINDS, load_drafter
+from drafttrain.drafters.batch import make_batch
+from drafttrain.errors import CheckpointError
+
+POLICY = making.policy_shape()
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+@kinds
+def test_export_and_load_keep_every_bit(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    drafter = KINDS[kind].initialise(POLICY)
+    drafter.export(tmp_path, torch.float32)
+    loaded = load_drafter(tmp_path, POLICY)
+    assert loaded.kind == kind
+    assert loaded.layer_ids == drafter.layer_ids
+    for name, tensor in drafter.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+
+
+@kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exports_are_sound(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    KINDS[kind].initialise(POLICY).export(tmp_path, dtype)
+    verified = verify(tmp_path, TargetFingerprint.from_config(POLICY.config.to_dict()))
+    assert {tensor.dtype for tensor in verified.tensors.values()} == {dtype}
+    assert "embed_tokens.weight" not in verified.tensors, "the policy's embedding is not ours"
+
+
+@kinds
+def test_unroll_has_the_contracts_shape(kind: str) -> None:
+    drafter = KINDS[kind].initialise(POLICY, layer_ids=making.LAYERS)
+    rollouts = making.rollouts(POLICY, 3)
+    head = making.policy_head(POLICY)
+    batch = make_batch(rollouts, making.layout(POLICY), head)
+    hidden = drafter.unroll(batch, head.embed_tokens, 2)
+    longest = max(rollout.length for rollout in rollouts)
+    assert hidden.shape[:3] == (2, 3, longest - 1)
+    assert drafter.lm_head(hidden).shape[-1] == POLICY.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"vocab_size": 29}, "vocab_size"),
+        ({"hidden_size": 64}, "hidden_size"),
+        ({"num_hidden_layers": 2}, "layer_ids"),
+    ],
+)
+def test_a_drafter_of_another_policy_is_refused(
+    change: dict[str, int], field: str, tmp_path: Path
+) -> None:
+    making.drafter(POLICY).export(tmp_path, torch.float32)
+    with pytest.raises(CheckpointError) as refusal:
+        load_drafter(tmp_path, making.policy_shape(**change))
+    assert field in str(refusal.value)
+
+
+def test_variants_that_are_not_trained_are_refused(tmp_path: Path) -> None:
+    making.drafter(POLICY).export(tmp_path, torch.float32)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"norm_output": True}))
+    with pytest.raises(CheckpointError, match="norm_output"):
+        load_drafter(tmp_path, POLICY)
+
+
+def test_what_is_no_drafter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="known kind"):
+        load_drafter(tmp_path, POLICY)

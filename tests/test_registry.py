@@ -1,0 +1,301 @@
+"""The registry: whatever happens to writers, readers find whole versions and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from drafter_files import CONFIG, NOTHING, TARGET, make_tensors, write_drafter
+
+from drafttrain.checkpoints.manifest import Acceptance, Lineage, Manifest, TargetFingerprint
+from drafttrain.checkpoints.registry import Registry
+from drafttrain.checkpoints.verify import verify
+from drafttrain.errors import CheckpointError
+
+PUBLISHER = """
+import sys
+from drafter_files import NOTHING
+from drafttrain.checkpoints.manifest import TargetFingerprint
+from drafttrain.checkpoints.registry import Registry
+registry = Registry(sys.argv[1])
+target = TargetFingerprint.model_validate_json(sys.argv[4])
+print("ready", flush=True)
+for _ in range(int(sys.argv[3])):
+    registry.publish(
+        sys.argv[2], kind="eagle3", target=target, parent=None, lineage=NOTHING, acceptance=None
+    )
+"""
+
+
+@pytest.fixture
+def drafter(tmp_path: Path) -> Path:
+    return write_drafter(tmp_path / "drafter")
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    return Registry(tmp_path / "registry")
+
+
+def publish(
+    registry: Registry,
+    folder: Path,
+    parent: int | None = None,
+    target: TargetFingerprint = TARGET,
+) -> Manifest:
+    return registry.publish(
+        folder, kind="eagle3", target=target, parent=parent, lineage=NOTHING, acceptance=None
+    )
+
+
+def start_publisher(
+    registry: Registry, folder: Path, count: int, target: TargetFingerprint = TARGET
+) -> subprocess.Popen[str]:
+    arguments = [str(registry.root), str(folder), str(count), target.model_dump_json()]
+    process = subprocess.Popen(
+        [sys.executable, "-c", PUBLISHER, *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_a_published_version_is_whole_and_servable(registry: Registry, drafter: Path) -> None:
+    lineage = Lineage(policy_versions=[3, 4], rollouts=5, tokens=600, optimizer_steps=7)
+    acceptance = Acceptance(
+        acceptance_length=2.5,
+        accepted_per_position=[0.9, 0.6],
+        k=2,
+        temperature=1.0,
+        draft_sample_method="probabilistic",
+        interval=(2.4, 2.6),
+        held_out_rollouts=9,
+    )
+    manifest = registry.publish(
+        drafter, kind="eagle3", target=TARGET, parent=None, lineage=lineage, acceptance=acceptance
+    )
+    assert (manifest.version, manifest.layer_ids) == (1, [1, 2, 4])
+    assert registry.manifest(1) == manifest
+    folder = registry.folder(1)
+    assert folder == registry.root / "drafter" / "v000001"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json",
+        "manifest.json",
+        "model.safetensors",
+    ]
+    verified = verify(folder, TARGET)
+    assert verified.manifest == manifest
+    assert verified.manifest.tensors["fc.weight"].shape == [8, 24]
+
+
+def test_pointers_follow_publishing_and_people(registry: Registry, drafter: Path) -> None:
+    assert registry.latest() is registry.stable() is None
+    assert registry.versions() == []
+    for version in (1, 2, 3):
+        publish(registry, drafter, parent=version - 1 or None)
+        assert registry.latest() == version
+    assert registry.stable() is None
+    registry.mark_stable(2)
+    registry.set_latest(1)
+    assert (registry.latest(), registry.stable()) == (1, 2)
+    assert os.readlink(registry.root / "drafter" / "latest") == "v000001"
+    with pytest.raises(CheckpointError, match="version 9: does not exist"):
+        registry.mark_stable(9)
+    assert publish(registry, drafter).version == 4
+
+
+def test_the_registry_can_be_moved_and_reopened(registry: Registry, drafter: Path) -> None:
+    publish(registry, drafter)
+    moved = registry.root.rename(registry.root.with_name("elsewhere"))
+    reopened = Registry.open(moved)
+    assert reopened.latest() == 1
+    verify(moved / "drafter" / "latest", TARGET)
+
+
+def test_prune_spares_the_newest_and_what_pointers_name(registry: Registry, drafter: Path) -> None:
+    for _ in range(6):
+        publish(registry, drafter)
+    registry.mark_stable(2)
+    registry.set_latest(3)
+    assert registry.prune(keep=2) == [1, 4]
+    assert registry.versions() == [2, 3, 5, 6]
+    assert publish(registry, drafter).version == 7
+    with pytest.raises(ValueError, match="newest"):
+        registry.prune(keep=0)
+
+
+def test_an_unsound_drafter_changes_nothing(registry: Registry, tmp_path: Path) -> None:
+    publish(registry, write_drafter(tmp_path / "sound"))
+    before = sorted(registry.root.rglob("*"))
+    tensors = make_tensors(CONFIG)
+    tensors["norm.weight"][0] = float("nan")
+    unsound = write_drafter(tmp_path / "unsound", CONFIG, tensors)
+    with pytest.raises(CheckpointError, match=r"norm\.weight: holds NaN") as caught:
+        publish(registry, unsound)
+    assert Path(caught.value.where).parent == unsound
+    with pytest.raises(CheckpointError, match="kind"):
+        registry.publish(
+            tmp_path / "sound",
+            kind="mtp",
+            target=TARGET,
+            parent=None,
+            lineage=NOTHING,
+            acceptance=None,
+        )
+    assert sorted(registry.root.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_version_that_was_touched_is_refused(
+    registry: Registry, drafter: Path, name: str
+) -> None:
+    publish(registry, drafter)
+    path = registry.folder(1) / name
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="sha256") as caught:
+        verify(registry.folder(1), TARGET)
+    assert caught.value.where == str(path)
+
+
+def test_a_manifest_that_lies_is_refused(registry: Registry, drafter: Path) -> None:
+    publish(registry, drafter)
+    path = registry.folder(1) / "manifest.json"
+    original = json.loads(path.read_text())
+    for field, lie in (
+        ("kind", "mtp"),
+        ("layer_ids", [1, 2, 3]),
+        ("tensors", {}),
+        ("files", {"../../registry.json": "0" * 64}),
+        ("schema_version", 2),
+        ("schema_version", None),
+        ("surprise", 1),
+    ):
+        path.write_text(json.dumps({**original, field: lie}))
+        with pytest.raises(CheckpointError) as caught:
+            verify(registry.folder(1), TARGET)
+        assert (caught.value.where, caught.value.field) == (str(path), field)
+    path.write_text(json.dumps({**original, "version": 2}))
+    with pytest.raises(CheckpointError, match="version"):
+        registry.manifest(1)
+
+
+def test_a_drafter_for_another_policy_is_refused(registry: Registry, drafter: Path) -> None:
+    publish(registry, drafter)
+    for change in ({"hidden_size": 16}, {"vocab_size": 21}, {"num_hidden_layers": 40}):
+        with pytest.raises(CheckpointError, match="but the policy has"):
+            verify(registry.folder(1), TARGET.model_copy(update=change))
+
+
+def test_a_newer_or_missing_registry_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"registry\.json: missing"):
+        Registry.open(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    Registry(tmp_path)
+    (tmp_path / "registry.json").write_text('{"schema_version": 2}')
+    for opening in (Registry, Registry.open):
+        with pytest.raises(CheckpointError, match="2 is newer than 1"):
+            opening(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../x", ".hidden", "a b", "a\n"])
+def test_names_that_could_leave_the_root_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(CheckpointError, match="name"):
+        Registry(tmp_path / "registry", name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_links_that_leave_the_root_are_refused(
+    registry: Registry, drafter: Path, tmp_path: Path
+) -> None:
+    publish(registry, drafter)
+    home = registry.root / "drafter"
+    outside = tmp_path / "outside"
+    shutil.copytree(registry.folder(1), outside)
+    (home / "v000007").symlink_to(outside)
+    with pytest.raises(CheckpointError, match="leads out"):
+        registry.folder(7)
+    weights = home / "v000001" / "model.safetensors"
+    weights.unlink()
+    weights.symlink_to(outside / "model.safetensors")
+    with pytest.raises(CheckpointError, match="leads out"):
+        registry.folder(1)
+    (home / "stable").symlink_to("../../outside")
+    with pytest.raises(CheckpointError, match="expected a version folder"):
+        registry.stable()
+    assert publish(registry, drafter).version == 8
+
+
+def test_two_publishers_at_once_get_different_versions(registry: Registry, drafter: Path) -> None:
+    processes = [start_publisher(registry, drafter, count=10) for _ in range(2)]
+    assert [process.wait(timeout=60) for process in processes] == [0, 0]
+    assert registry.versions() == list(range(1, 21))
+    assert registry.latest() == 20
+
+
+def test_killing_publishers_at_any_moment_leaves_only_whole_versions(
+    registry: Registry, tmp_path: Path
+) -> None:
+    # Large enough that copying and verifying take a good part of the time.
+    config = {**CONFIG, "vocab_size": 20_000}
+    target = TARGET.model_copy(update={"vocab_size": 20_000})
+    drafter = write_drafter(tmp_path / "drafter", config, make_tensors(config))
+    moments = random.Random(0)
+    for _ in range(4):
+        processes = [start_publisher(registry, drafter, 10_000, target) for _ in range(2)]
+        time.sleep(moments.uniform(0.0, 0.4))
+        for process in processes:
+            process.kill()
+            process.wait()
+        print(registry.versions(), list((registry.root / "drafter").glob(".unfinished-*")))
+        for version in registry.versions():
+            manifest = verify(registry.folder(version), target).manifest
+            assert manifest is not None
+            assert manifest.version == version
+    before = registry.versions()
+    assert publish(registry, drafter, target=target).version == max(before, default=0) + 1
+    assert not list((registry.root / "drafter").glob(".unfinished-*"))
+
+
+@contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_is_full_leaves_the_registry_as_it_was(
+    registry: Registry, drafter: Path
+) -> None:
+    publish(registry, drafter)
+    before = sorted(registry.root.rglob("*"))
+    with files_no_larger_than(1000), pytest.raises(CheckpointError, match="cannot be written"):
+        publish(registry, drafter)
+    assert sorted(registry.root.rglob("*")) == before
+    assert publish(registry, drafter).version == 2
+
+
+def test_a_removed_version_stays_readable_for_who_has_it(registry: Registry, drafter: Path) -> None:
+    publish(registry, drafter)
+    tensors = verify(registry.folder(1)).tensors
+    publish(registry, drafter)
+    registry.prune(keep=1)
+    assert torch.equal(tensors["fc.weight"], make_tensors(CONFIG)["fc.weight"])

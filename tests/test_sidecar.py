@@ -1,0 +1,155 @@
+"""The sidecar over a real spool and a real registry, as its own process where it may be killed."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import making
+import pytest
+import yaml
+
+from drafttrain.checkpoints.registry import Registry
+from drafttrain.checkpoints.verify import verify
+from drafttrain.config import SidecarConfig, load_config
+from drafttrain.errors import ConfigError
+from drafttrain.rollouts.spool import SpoolWriter
+from drafttrain.sidecar import Sidecar
+from drafttrain.telemetry import EventLog
+
+POLICY = making.policy_shape()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A policy, a drafter, a spool with rollouts, and a configuration that uses them."""
+    POLICY.config.save_pretrained(tmp_path / "policy")
+    making.drafter(POLICY).export(tmp_path / "first", dtype=making.torch.float32)
+    write_rollouts(tmp_path, seed=0)
+    config = {
+        "target": str(tmp_path / "policy"),
+        "spool": str(tmp_path / "spool"),
+        "registry": str(tmp_path / "registry"),
+        "state": str(tmp_path / "state"),
+        "drafter": str(tmp_path / "first"),
+        "threads": 1,
+        "training": {"learning_rate": 3e-3, "warmup_steps": 5, "tokens_per_step": 256},
+        "replay": {"min_rollouts": 8},
+        "gate": {"steps_between": 10},
+    }
+    (tmp_path / "sidecar.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path
+
+
+def write_rollouts(folder: Path, seed: int, version: int = 0) -> None:
+    writer = SpoolWriter(folder / "spool", engine="test")
+    writer.write_head(making.policy_head(POLICY, version))
+    writer.write(making.rollouts(POLICY, 120, seed=seed, version=version), making.layout(POLICY))
+
+
+def events(folder: Path, kind: str) -> list[dict[str, object]]:
+    log = EventLog(folder / "state" / "events.jsonl")
+    return [event for event in log.read() if event["event"] == kind]
+
+
+def wait_for(folder: Path, kind: str, count: int, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while len(events(folder, kind)) < count:
+        assert time.monotonic() < deadline, f"no {count} {kind} events"
+        time.sleep(0.02)
+
+
+def start(folder: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "drafttrain", "sidecar", str(folder / "sidecar.yaml")]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def config_of(folder: Path) -> SidecarConfig:
+    return load_config(folder / "sidecar.yaml")
+
+
+def test_it_publishes_better_drafters_and_stops_on_ctrl_c(folder: Path) -> None:
+    process = start(folder)
+    wait_for(folder, "published", 2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
+    registry = Registry.open(folder / "registry")
+    assert registry.versions() == list(range(1, len(events(folder, "published")) + 2))
+    lengths = [
+        manifest.acceptance.acceptance_length
+        for manifest in map(registry.manifest, registry.versions())
+        if manifest.acceptance is not None
+    ]
+    assert lengths[-1] > lengths[0]
+    newest = registry.manifest(registry.versions()[-1])
+    assert newest.parent == newest.version - 1
+    assert newest.lineage.policy_versions == [0]
+    assert newest.lineage.rollouts > 0
+
+
+def test_it_continues_after_kills_at_any_moment(folder: Path) -> None:
+    rng = random.Random(0)
+    step = 0
+    for round_ in range(4):
+        started = len(events(folder, "started"))
+        process = start(folder)
+        wait_for(folder, "started", started + 1)
+        time.sleep(rng.uniform(0.0, 1.5))
+        process.kill()
+        process.wait()
+        write_rollouts(folder, seed=1 + round_, version=round_ // 2)
+        registry = Registry.open(folder / "registry")
+        for version in registry.versions():
+            verify(registry.folder(version))
+        assert registry.latest() == registry.versions()[-1]
+    process = start(folder)
+    wait_for(folder, "started", 5)
+    trained = len(events(folder, "trained"))
+    wait_for(folder, "trained", trained + 1)
+    process.terminate()
+    assert process.wait(30) == 0
+    starts = [event["step"] for event in events(folder, "started")]
+    assert starts == sorted(starts)
+    assert starts[-1] > step
+
+
+def test_a_version_rolled_back_by_hand_is_what_serves(folder: Path) -> None:
+    sidecar = Sidecar(config_of(folder), engines=[])
+    thread = threading.Thread(target=sidecar.run)
+    thread.start()
+    wait_for(folder, "published", 1)
+    sidecar.stop.set()
+    thread.join(30)
+    sidecar.registry.set_latest(1)
+    again = Sidecar(config_of(folder), engines=[])
+    assert again.serving_version == 1
+
+
+def test_an_empty_registry_without_a_drafter_is_refused(folder: Path) -> None:
+    config = config_of(folder).model_copy(update={"drafter": None})
+    with pytest.raises(ConfigError, match="registry is empty"):
+        Sidecar(config, engines=[])
+
+
+def test_unknown_keys_are_named(folder: Path) -> None:
+    path = folder / "sidecar.yaml"
+    path.write_text(path.read_text() + "gates: {}\n")
+    process = start(folder)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert stderr.strip() == f"drafttrain: {path}: gates: unknown key"
+
+
+def test_a_missing_policy_is_named(folder: Path) -> None:
+    path = folder / "sidecar.yaml"
+    path.write_text(path.read_text().replace(str(folder / "policy"), str(folder / "nowhere")))
+    process = start(folder)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "nowhere" in stderr
+    assert len(stderr.strip().splitlines()) == 1

@@ -1,0 +1,86 @@
+"""The trainer learns, resumes exactly, and refuses what it cannot continue from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import making
+import pytest
+import torch
+
+from drafttrain.config import TrainingConfig
+from drafttrain.control.acceptance import estimate_acceptance
+from drafttrain.errors import CheckpointError
+from drafttrain.training.trainer import Trainer
+
+POLICY = making.policy_shape()
+LAYOUT = making.layout(POLICY)
+CONFIG = TrainingConfig(draft_tokens=3, learning_rate=3e-3, warmup_steps=5)
+
+
+def heads(*versions: int) -> dict[int, object]:
+    return {version: making.policy_head(POLICY, version) for version in versions}
+
+
+def take_steps(trainer: Trainer, count: int, first_seed: int) -> list[float]:
+    return [
+        trainer.step(making.rollouts(POLICY, 6, seed=first_seed + i), LAYOUT, heads(0)).loss
+        for i in range(count)
+    ]
+
+
+def test_training_raises_acceptance_on_held_out_rollouts() -> None:
+    held_out = making.rollouts(POLICY, 24, seed=999)
+    drafter = making.drafter(POLICY)
+    before = estimate_acceptance(drafter, held_out, LAYOUT, heads(0), k=3).acceptance_length
+    take_steps(Trainer(drafter, CONFIG), 60, first_seed=0)
+    after = estimate_acceptance(drafter, held_out, LAYOUT, heads(0), k=3).acceptance_length
+    assert after > before + 0.5
+
+
+def test_resume_is_exact(tmp_path: Path) -> None:
+    straight = Trainer(making.drafter(POLICY), CONFIG)
+    take_steps(straight, 3, first_seed=0)
+    straight.save(tmp_path, note="here")
+    expected = take_steps(straight, 3, first_seed=3)
+
+    resumed = Trainer(making.drafter(POLICY, seed=7), CONFIG)
+    assert resumed.restore(tmp_path) == {"note": "here"}
+    assert take_steps(resumed, 3, first_seed=3) == expected
+    assert resumed.step_count == straight.step_count
+    assert torch.equal(resumed.generator.get_state(), straight.generator.get_state())
+    for name, tensor in straight.drafter.state_dict().items():
+        assert torch.equal(tensor, resumed.drafter.state_dict()[name]), name
+
+
+def test_rollouts_of_two_policy_versions_use_their_own_heads() -> None:
+    old, new = making.rollouts(POLICY, 3, seed=1), making.rollouts(POLICY, 3, seed=2, version=1)
+    mixed = Trainer(making.drafter(POLICY), CONFIG).step([*old, *new], LAYOUT, heads(0, 1))
+    losses = [
+        Trainer(making.drafter(POLICY), CONFIG).step(part, LAYOUT, heads(0, 1)).loss
+        for part in (old, new)
+    ]
+    assert min(losses) < mixed.loss < max(losses)
+
+
+def test_non_finite_gradients_stop_the_training() -> None:
+    broken = making.rollouts(POLICY, 2)
+    assert broken[0].aux_hidden is not None
+    broken[0].aux_hidden[4] = float("nan")
+    with pytest.raises(RuntimeError, match="non-finite"):
+        Trainer(making.drafter(POLICY), CONFIG).step(broken, LAYOUT, heads(0))
+
+
+def test_state_of_another_drafter_is_refused(tmp_path: Path) -> None:
+    Trainer(making.drafter(POLICY), CONFIG).save(tmp_path)
+    other = making.policy_shape(vocab_size=29)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        Trainer(making.drafter(other), CONFIG).restore(tmp_path)
+
+
+def test_damaged_state_is_refused(tmp_path: Path) -> None:
+    Trainer(making.drafter(POLICY), CONFIG).save(tmp_path)
+    path = tmp_path / "trainer.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="trainer's state"):
+        Trainer(making.drafter(POLICY), CONFIG).restore(tmp_path)

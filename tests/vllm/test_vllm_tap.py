@@ -1,0 +1,234 @@
+"""Every captured row is what the policy computes on that prefix, whatever the engine does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import (
+    Rollouts,
+    generate,
+    greedy,
+    make_engine,
+    prompts,
+    sampled,
+    status,
+    step_through,
+    worker_of,
+)
+from tiny_models import LAYER_IDS, load_policy, make_policy
+
+from drafttrain.rollouts.record import Rollout, prompt_group
+from drafttrain.rollouts.spool import SpoolReader
+
+
+def assert_rows_are_the_policys(rollouts: list[Rollout], reference: Any) -> None:
+    assert rollouts
+    for rollout in rollouts:
+        tokens = rollout.tokens.long()
+        states = reference(tokens[None], output_hidden_states=True).hidden_states
+        rows = rollout.captured
+        assert rows.any()
+        assert_close(rollout.last_hidden[rows], states[-1][0][rows])
+        assert rollout.aux_hidden is not None
+        for index, layer in enumerate(LAYER_IDS):
+            assert_close(rollout.aux_hidden[rows][:, index], states[layer][0][rows])
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def tokens_of(rollouts: list[Rollout]) -> list[list[int]]:
+    return sorted(rollout.tokens.tolist() for rollout in rollouts)
+
+
+def test_rows_tokens_and_counts_match_under_speculation(
+    engine: Any, reference: Any, spool: Path
+) -> None:
+    batch = prompts([3, 17, 40, 90, 150, 33, 64, 128, 65], salt=1)
+    new, before = Rollouts(spool), status(engine).acceptance
+    completions = generate(engine, batch, sampled(0.8, 30, n=2))
+    rollouts = new.wait_for(18)  # nobody asked for them: the engine just went idle
+
+    pairs = [(p, c) for p, c in zip([p for p in batch for _ in range(2)], completions, strict=True)]
+    assert tokens_of(rollouts) == sorted(p + c for p, c in pairs)
+    assert_rows_are_the_policys(rollouts, reference)
+    assert {r.group for r in rollouts} == {prompt_group(prompt) for prompt in batch}
+    for rollout in rollouts:
+        assert rollout.prompt_length in map(len, batch)
+        assert rollout.finish_reason == "length"
+        assert rollout.temperature == pytest.approx(0.8)
+        assert rollout.drafter_version is None
+        assert rollout.drafted == 3 * rollout.rounds
+        # Only the prefix cache (whole blocks of 32) and the last token leave rows out.
+        missing = (~rollout.captured).nonzero()[:, 0].tolist()
+        assert missing[-1] == rollout.length - 1 or rollout.captured[-1]
+        assert all(position < rollout.prompt_length for position in missing[:-1])
+        # Each round yields its accepted drafts and one token more; the prefill yielded the first.
+        assert rollout.completion_length - 1 <= rollout.rounds + rollout.accepted
+
+    after = status(engine)
+    assert after.tap.damaged == after.tap.dropped == after.tap.running == 0
+    assert after.acceptance.rounds - before.rounds == sum(r.rounds for r in rollouts)
+    assert after.acceptance.accepted - before.accepted == sum(r.accepted for r in rollouts)
+
+
+def test_prefix_cache_hits_stay_missing(engine: Any, reference: Any, spool: Path) -> None:
+    shared = prompts([100], salt=2)[0]
+    generate(engine, [shared], greedy(2))
+    assert all(engine.collective_rpc("drafttrain_flush"))
+    new = Rollouts(spool)
+    generate(engine, [[*shared, 5, 6, 7]], greedy(8))
+    (rollout,) = new.wait_for(1)
+    hits = 64  # three whole blocks; eagle has the last one computed again
+    assert not rollout.captured[:hits].any()
+    assert rollout.captured[hits:-1].all()
+    assert_rows_are_the_policys([rollout], reference)
+
+
+def test_a_stop_token_ends_the_rollout_where_the_output_ends(
+    engine: Any, reference: Any, spool: Path
+) -> None:
+    batch = prompts([12, 20, 41], salt=3)
+    full = generate(engine, batch, greedy(20))
+    assert all(engine.collective_rpc("drafttrain_flush"))
+    new = Rollouts(spool)
+    stops = [completion[7] for completion in full]
+    completions = generate(engine, batch, greedy(20, stop_token_ids=stops, min_tokens=2))
+    rollouts = new.wait_for(3)
+    assert tokens_of(rollouts) == sorted(p + c for p, c in zip(batch, completions, strict=True))
+    assert {rollout.finish_reason for rollout in rollouts} <= {"stop", "length"}
+    assert "stop" in {rollout.finish_reason for rollout in rollouts}
+    assert_rows_are_the_policys(rollouts, reference)
+
+
+def test_preempted_and_aborted_requests(engine: Any, reference: Any, spool: Path) -> None:
+    batch, new = prompts([20, 50, 70, 33], salt=4), Rollouts(spool)
+    core = engine.llm_engine
+
+    def disturb(step: int) -> None:
+        if step in (4, 9):  # all running requests start over, from their tokens so far
+            assert core.reset_prefix_cache(reset_running_requests=True)
+        if step == 6:
+            unfinished = list(core.output_processor.request_states)
+            core.abort_request(unfinished[:1], internal=True)
+
+    completions = step_through(engine, batch, greedy(30), disturb)
+    assert len(completions) == 3
+    generate(engine, [[9, 9, 9]], greedy(2))
+    rollouts = new.wait_for(5)
+    by_reason: dict[str | None, list[Rollout]] = {}
+    for rollout in rollouts:
+        by_reason.setdefault(rollout.finish_reason, []).append(rollout)
+    assert len(by_reason["abort"]) == 1
+    completed = {tuple(r.tokens.tolist()[r.prompt_length :]) for r in rollouts}
+    assert {tuple(completion) for completion in completions.values()} <= completed
+    assert_rows_are_the_policys(rollouts, reference)
+    assert status(engine).tap.damaged == 0
+
+
+def test_capture_can_be_switched_off_and_on(engine: Any, spool: Path) -> None:
+    new, before = Rollouts(spool), status(engine)
+    engine.collective_rpc("drafttrain_capture", args=(False,))
+    generate(engine, prompts([10, 11], salt=5), greedy(8))
+    off = status(engine)
+    assert not off.tap.capturing
+    assert off.tap.uncaptured == before.tap.uncaptured + 2
+    assert off.acceptance.rounds > before.acceptance.rounds
+    engine.collective_rpc("drafttrain_capture", args=(True,))
+    assert new.read() == []
+    generate(engine, prompts([10, 11], salt=6), greedy(8))
+    new.wait_for(2)
+
+
+def test_full_buffers_and_a_full_spool_cost_whole_rollouts(engine: Any, spool: Path) -> None:
+    side = worker_of(engine)._drafttrain
+    assembler = side._assembler
+    new, before = Rollouts(spool), status(engine).tap
+    for room in (0, 4000):  # none in the queue; some in the queue, too little for the rollouts
+        limit, assembler._max_bytes = assembler._max_bytes, room
+        try:
+            generate(engine, prompts([40, 41], salt=7 + room), greedy(8))
+            status(engine)
+        finally:
+            assembler._max_bytes = limit
+    writer = assembler._segments._writer
+    limit, writer.max_bytes = writer.max_bytes, 0
+    try:
+        generate(engine, prompts([40, 41], salt=9), greedy(8))
+        status(engine)
+    finally:
+        writer.max_bytes = limit
+    after = status(engine).tap
+    assert new.read() == []
+    assert after.dropped == before.dropped + 6
+    assert assembler._live_bytes == 0
+    generate(engine, prompts([40], salt=10), greedy(8))
+    new.wait_for(1)
+
+
+def test_a_policy_update_raises_the_version_once(
+    engine: Any, reference: Any, policy: Path, spool: Path, tmp_path: Path
+) -> None:
+    changed = make_policy(tmp_path / "changed", seed=1)
+    before = status(engine).policy_version
+    new = Rollouts(spool)
+    reload = engine.collective_rpc
+
+    def update(step: int) -> None:
+        if step == 5:
+            reload("reload_weights", kwargs={"weights_path": str(changed)})
+
+    try:
+        step_through(engine, prompts([30, 45], salt=11), greedy(25), update)
+        across = new.wait_for(2)
+        new = Rollouts(spool)
+        generate(engine, prompts([30, 45], salt=12), greedy(10))
+        fresh = new.wait_for(2)
+    finally:
+        reload("reload_weights", kwargs={"weights_path": str(policy)})
+        assert engine.llm_engine.reset_prefix_cache()
+    assert {rollout.policy_version for rollout in across + fresh} == {before + 1}
+    # Only rows the new weights computed are left; what came before the update is missing.
+    assert all(not r.captured[: r.prompt_length].any() and r.captured.any() for r in across)
+
+    assert_rows_are_the_policys(fresh, load_policy(changed))
+    head = SpoolReader(spool).read_head(before + 1)
+    expected = load_policy(changed)
+    torch.testing.assert_close(head.embed_tokens, expected.model.embed_tokens.weight)
+    torch.testing.assert_close(head.lm_head, expected.lm_head.weight)
+    torch.testing.assert_close(head.final_norm, expected.model.norm.weight)
+    assert head.norm_eps == pytest.approx(expected.config.rms_norm_eps)
+
+    assert status(engine).policy_version == before + 2  # the old weights, back again
+    assert engine.collective_rpc("drafttrain_policy_version", args=(before + 7,)) == [before + 7]
+    assert status(engine).policy_version == before + 7
+
+
+def test_nothing_is_hooked_when_not_switched_on(plain_engine: Any) -> None:
+    worker = worker_of(plain_engine)
+    assert "sample_tokens" not in vars(worker.model_runner)
+    assert "load_weights" not in vars(worker.model_runner.get_model())
+    (reply,) = plain_engine.collective_rpc("drafttrain_status")
+    assert reply["status"] == 404
+    assert "additional_config" in reply["error"]
+
+
+def test_an_engine_without_speculation_gives_last_states(
+    policy: Path, reference: Any, tmp_path: Path
+) -> None:
+    llm = make_engine(policy, None, {"spool": str(tmp_path), "engine": "plain", "idle_seconds": 9})
+    generate(llm, prompts([10, 100], salt=13), greedy(8))
+    worker_of(llm).shutdown()  # an engine that goes writes what it has
+    reader = SpoolReader(tmp_path)
+    (path,) = reader.segment_paths()
+    segment = reader.read(path)
+    assert segment.layout.layer_ids == ()
+    assert len(segment.rollouts) == 2
+    for rollout in segment.rollouts:
+        assert rollout.aux_hidden is None
+        states = reference(rollout.tokens.long()[None], output_hidden_states=True).hidden_states
+        assert_close(rollout.last_hidden[:-1], states[-1][0, :-1])

@@ -1,0 +1,117 @@
+"""Tiny policies and drafters on disk, for a real engine on CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+VOCAB, HIDDEN, LAYERS, HEAD_DIM, INNER = 128, 64, 4, 32, 96
+LAYER_IDS = [1, 2, 3]
+ROPE_THETA = 10000.0
+MAX_LENGTH = 256
+
+
+def make_policy(folder: Path, seed: int = 0) -> Path:
+    """A random Qwen3 with enough spread in its logits that sampling means something."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=HEAD_DIM,
+        max_position_embeddings=MAX_LENGTH,
+        tie_word_embeddings=False,
+        rope_theta=ROPE_THETA,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    model = Qwen3ForCausalLM(config).eval()
+    with torch.no_grad():
+        # Norms that are not all ones, so that a forgotten one would show.
+        model.model.norm.weight.uniform_(0.5, 1.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+def load_policy(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def make_drafter(folder: Path, tensors: dict[str, Tensor] | None = None, **config: Any) -> Path:
+    """An eagle3 drafter in vLLM's raw layout; random unless ``tensors`` are given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    document = {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "vocab_size": VOCAB,
+        "draft_vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "target_hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": HEAD_DIM,
+        "max_position_embeddings": MAX_LENGTH,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": ROPE_THETA,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "norm_before_residual": False,
+        "num_aux_hidden_states": 3,
+        "eagle_aux_hidden_state_layer_ids": LAYER_IDS,
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": LAYER_IDS},
+        **config,
+    }
+    (folder / "config.json").write_text(json.dumps(document))
+    save_file(tensors or random_drafter(0), folder / "model.safetensors")
+    return folder
+
+
+def random_drafter(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator) * 0.05
+
+    norms = ("input_layernorm", "hidden_norm", "post_attention_layernorm")
+    return {
+        "fc.weight": normal(HIDDEN, 3 * HIDDEN),
+        **{f"midlayer.{name}.weight": torch.ones(HIDDEN) for name in norms},
+        "midlayer.self_attn.q_proj.weight": normal(2 * HEAD_DIM, 2 * HIDDEN),
+        "midlayer.self_attn.k_proj.weight": normal(HEAD_DIM, 2 * HIDDEN),
+        "midlayer.self_attn.v_proj.weight": normal(HEAD_DIM, 2 * HIDDEN),
+        "midlayer.self_attn.o_proj.weight": normal(HIDDEN, 2 * HEAD_DIM),
+        "midlayer.mlp.gate_proj.weight": normal(INNER, HIDDEN),
+        "midlayer.mlp.up_proj.weight": normal(INNER, HIDDEN),
+        "midlayer.mlp.down_proj.weight": normal(HIDDEN, INNER),
+        "norm.weight": torch.ones(HIDDEN),
+        "lm_head.weight": normal(VOCAB, HIDDEN),
+    }
+
+
+def copying_drafter(policy: Any) -> dict[str, Tensor]:
+    """Drafts what the policy's third layer already leans to: better than a random one."""
+    tensors = random_drafter(0)
+    select = torch.zeros(HIDDEN, 3 * HIDDEN)
+    select[:, -HIDDEN:] = torch.eye(HIDDEN)
+    tensors["fc.weight"] = select
+    tensors["midlayer.self_attn.o_proj.weight"] = torch.zeros(HIDDEN, 2 * HEAD_DIM)
+    tensors["midlayer.mlp.down_proj.weight"] = torch.zeros(HIDDEN, INNER)
+    tensors["norm.weight"] = policy.model.norm.weight.detach().clone()
+    tensors["lm_head.weight"] = policy.lm_head.weight.detach().clone()
+    return tensors
