@@ -7,8 +7,6 @@ import os
 import random
 import resource
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from drafter_files import CONFIG, NOTHING, TARGET, make_tensors, write_drafter
+from killable import Workers
 
 from drafttrain.checkpoints.manifest import Acceptance, Lineage, Manifest, TargetFingerprint
 from drafttrain.checkpoints.registry import Registry
@@ -24,17 +23,16 @@ from drafttrain.checkpoints.verify import verify
 from drafttrain.errors import CheckpointError
 
 PUBLISHER = """
-import sys
 from drafter_files import NOTHING
 from drafttrain.checkpoints.manifest import TargetFingerprint
 from drafttrain.checkpoints.registry import Registry
-registry = Registry(sys.argv[1])
-target = TargetFingerprint.model_validate_json(sys.argv[4])
-print("ready", flush=True)
-for _ in range(int(sys.argv[3])):
-    registry.publish(
-        sys.argv[2], kind="eagle3", target=target, parent=None, lineage=NOTHING, acceptance=None
-    )
+
+def work(root, folder, count, target):
+    registry, target = Registry(root), TargetFingerprint.model_validate_json(target)
+    for _ in range(count):
+        registry.publish(
+            folder, kind="eagle3", target=target, parent=None, lineage=NOTHING, acceptance=None
+        )
 """
 
 
@@ -57,21 +55,6 @@ def publish(
     return registry.publish(
         folder, kind="eagle3", target=target, parent=parent, lineage=NOTHING, acceptance=None
     )
-
-
-def start_publisher(
-    registry: Registry, folder: Path, count: int, target: TargetFingerprint = TARGET
-) -> subprocess.Popen[str]:
-    arguments = [str(registry.root), str(folder), str(count), target.model_dump_json()]
-    process = subprocess.Popen(
-        [sys.executable, "-c", PUBLISHER, *arguments],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    return process
 
 
 def test_a_published_version_is_whole_and_servable(registry: Registry, drafter: Path) -> None:
@@ -242,34 +225,45 @@ def test_links_that_leave_the_root_are_refused(
 
 
 def test_two_publishers_at_once_get_different_versions(registry: Registry, drafter: Path) -> None:
-    processes = [start_publisher(registry, drafter, count=10) for _ in range(2)]
-    assert [process.wait(timeout=60) for process in processes] == [0, 0]
-    assert registry.versions() == list(range(1, 21))
-    assert registry.latest() == 20
+    arguments = (str(registry.root), str(drafter), 20, TARGET.model_dump_json())
+    with Workers(PUBLISHER) as workers:
+        publishers = [workers.start(*arguments) for _ in range(2)]
+        while len(registry.versions()) < 30:
+            if (latest := registry.latest()) is not None:
+                verify(registry.folder(latest), TARGET)
+        assert [workers.wait(publisher) for publisher in publishers] == [0, 0]
+    assert registry.versions() == list(range(1, 41))
+    assert registry.latest() == 40
 
 
 def test_killing_publishers_at_any_moment_leaves_only_whole_versions(
     registry: Registry, tmp_path: Path
 ) -> None:
-    # Large enough that copying and verifying take a good part of the time.
-    config = {**CONFIG, "vocab_size": 20_000}
-    target = TARGET.model_copy(update={"vocab_size": 20_000})
+    config = {**CONFIG, "vocab_size": 5_000}
+    target = TARGET.model_copy(update={"vocab_size": 5_000})
     drafter = write_drafter(tmp_path / "drafter", config, make_tensors(config))
+    arguments = (str(registry.root), str(drafter), 10_000, target.model_dump_json())
     moments = random.Random(0)
-    for _ in range(4):
-        processes = [start_publisher(registry, drafter, 10_000, target) for _ in range(2)]
-        time.sleep(moments.uniform(0.0, 0.4))
-        for process in processes:
-            process.kill()
-            process.wait()
-        print(registry.versions(), list((registry.root / "drafter").glob(".unfinished-*")))
-        for version in registry.versions():
-            manifest = verify(registry.folder(version), target).manifest
-            assert manifest is not None
-            assert manifest.version == version
-    before = registry.versions()
-    assert publish(registry, drafter, target=target).version == max(before, default=0) + 1
-    assert not list((registry.root / "drafter").glob(".unfinished-*"))
+    seen: set[int] = set()
+    caught_at_work = 0
+    with Workers(PUBLISHER) as workers:
+        for _ in range(12):
+            publishers = [workers.start(*arguments) for _ in range(2)]
+            while len(registry.versions()) == len(seen):
+                time.sleep(0.001)
+            time.sleep(moments.uniform(0.0, 0.02))
+            for publisher in publishers:
+                workers.kill(publisher)
+            caught_at_work += any(registry.root.glob("drafter/.unfinished-*"))
+            for version in set(registry.versions()) - seen:
+                manifest = verify(registry.folder(version), target).manifest
+                assert manifest is not None
+                assert manifest.version == version
+                seen.add(version)
+            assert registry.latest() in seen
+    assert caught_at_work > 0
+    assert publish(registry, drafter, target=target).version == len(seen) + 1
+    assert not list(registry.root.glob("drafter/.unfinished-*"))
 
 
 @contextmanager

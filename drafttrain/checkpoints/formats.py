@@ -43,8 +43,8 @@ class Eagle3Config(BaseModel):
     """Of the target."""
     draft_vocab_size: Size
     target_hidden_size: Size
-    num_aux_hidden_states: Size
     eagle_aux_hidden_state_layer_ids: list[int]
+    num_aux_hidden_states: Size
     norm_before_residual: bool = False
     norm_before_fc: bool = False
     fc_norm: bool = False

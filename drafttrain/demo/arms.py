@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ class Arm:
             seconds=seconds,
             tokens=sum(map(len, completions)),
             rounds=after[0] - before[0],
-            accepted_per_position=[a - b for a, b in zip(after[1], before[1], strict=True)],
+            accepted_per_position=[a - b for a, b in zip_longest(after[1], before[1], fillvalue=0)],
             finished=finished,
         )
 

@@ -41,9 +41,7 @@ def sampled_p_value(
     return two_sample_p_value(counts[0], counts[1])
 
 
-def two_sample_p_value(
-    first: Counter[tuple[int, ...]], second: Counter[tuple[int, ...]]
-) -> float:
+def two_sample_p_value(first: Counter[tuple[int, ...]], second: Counter[tuple[int, ...]]) -> float:
     """p-value of "both counts come from one distribution"; rare outcomes are pooled."""
     together = first + second
     common = [outcome for outcome, count in together.items() if count >= _RARE]

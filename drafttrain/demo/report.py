@@ -77,10 +77,8 @@ def last_third(summary: dict[str, Any]) -> dict[str, float]:
     tail = steps[-max(1, len(steps) // 3) :]
 
     def ratio(arm: str, other: str) -> float:
-        return median(
-            step["arms"][arm]["tokens_per_s"] / step["arms"][other]["tokens_per_s"]
-            for step in tail
-        )
+        speeds = [(step["arms"][arm], step["arms"][other]) for step in tail]
+        return float(median(a["tokens_per_s"] / b["tokens_per_s"] for a, b in speeds))
 
     return {
         "sidecar_over_none": ratio("sidecar", "none"),
@@ -142,8 +140,13 @@ def plot(summary: dict[str, Any], path: Path) -> None:
             top.plot(numbers, lengths, "o-", color=colour, label=_label(arm))
     converged = summary["totals"]["converged_acceptance_length"]
     top.axhline(converged, color="tab:green", linestyle="--", linewidth=1)
-    top.annotate("trained to convergence on the final policy", (0, converged), va="bottom",
-                 fontsize=8, color="tab:green")
+    top.annotate(
+        "trained to convergence on the final policy",
+        (0, converged),
+        va="bottom",
+        fontsize=8,
+        color="tab:green",
+    )
     for axis in (top, bottom):
         for step in summary["totals"]["swap_steps"]:
             axis.axvline(step, color="tab:blue", linestyle=":", linewidth=0.8, alpha=0.6)

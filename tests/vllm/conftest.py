@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from engines import make_engine
-from tiny_models import copying_drafter, load_policy, make_drafter, make_policy, random_drafter
+from tiny_models import bigram_drafter, load_policy, make_drafter, make_policy, random_drafter
 
 from drafttrain.checkpoints.manifest import Lineage, TargetFingerprint
 from drafttrain.checkpoints.registry import Registry
@@ -50,7 +50,7 @@ def start_drafter(folder: Path) -> Path:
 def registry(folder: Path, policy: Path, reference: Any) -> Registry:
     """Version 1 drafts at random, version 2 drafts better."""
     registry = Registry(folder / "registry")
-    drafters = {"random": random_drafter(1), "better": copying_drafter(reference)}
+    drafters = {"random": random_drafter(1), "better": bigram_drafter(reference)}
     for name, tensors in drafters.items():
         publish(registry, make_drafter(folder / name, tensors), policy)
     return registry

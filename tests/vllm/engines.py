@@ -15,6 +15,9 @@ from drafttrain.rollouts.spool import SpoolReader
 Prompt = list[int]
 _ids = itertools.count()
 
+# An engine that goes takes the process groups of all others in this process with it.
+_kept: list[Any] = []
+
 
 def make_engine(policy: Path, drafter: Path | None, settings: dict[str, Any] | None, **more: Any):
     from vllm import LLM
@@ -29,7 +32,7 @@ def make_engine(policy: Path, drafter: Path | None, settings: dict[str, Any] | N
         }
     if settings is not None:
         more["additional_config"] = {"drafttrain": settings}
-    return LLM(
+    llm = LLM(
         str(policy),
         dtype="float32",
         enforce_eager=True,
@@ -41,8 +44,11 @@ def make_engine(policy: Path, drafter: Path | None, settings: dict[str, Any] | N
         distributed_executor_backend="uni",
         disable_log_stats=False,
         skip_tokenizer_init=True,
+        num_gpu_blocks_override=200,
         **more,
     )
+    _kept.append(llm)
+    return llm
 
 
 def greedy(max_tokens: int = 24, **more: Any) -> Any:

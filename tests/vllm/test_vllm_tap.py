@@ -49,7 +49,9 @@ def test_rows_tokens_and_counts_match_under_speculation(
     engine: Any, reference: Any, spool: Path
 ) -> None:
     batch = prompts([3, 17, 40, 90, 150, 33, 64, 128, 65], salt=1)
-    new, before = Rollouts(spool), status(engine).acceptance
+    now = status(engine)
+    drafter_version, before = now.drafter_version, now.acceptance
+    new = Rollouts(spool)
     completions = generate(engine, batch, sampled(0.8, 30, n=2))
     rollouts = new.wait_for(18)  # nobody asked for them: the engine just went idle
 
@@ -61,7 +63,7 @@ def test_rows_tokens_and_counts_match_under_speculation(
         assert rollout.prompt_length in map(len, batch)
         assert rollout.finish_reason == "length"
         assert rollout.temperature == pytest.approx(0.8)
-        assert rollout.drafter_version is None
+        assert rollout.drafter_version == drafter_version
         assert rollout.drafted == 3 * rollout.rounds
         # Only the prefix cache (whole blocks of 32) and the last token leave rows out.
         missing = (~rollout.captured).nonzero()[:, 0].tolist()
@@ -222,7 +224,7 @@ def test_an_engine_without_speculation_gives_last_states(
 ) -> None:
     llm = make_engine(policy, None, {"spool": str(tmp_path), "engine": "plain", "idle_seconds": 9})
     generate(llm, prompts([10, 100], salt=13), greedy(8))
-    worker_of(llm).shutdown()  # an engine that goes writes what it has
+    worker_of(llm)._drafttrain._assembler.close()  # an engine that goes writes what it has
     reader = SpoolReader(tmp_path)
     (path,) = reader.segment_paths()
     segment = reader.read(path)

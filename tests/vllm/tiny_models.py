@@ -40,6 +40,11 @@ def make_policy(folder: Path, seed: int = 0) -> Path:
     with torch.no_grad():
         # Norms that are not all ones, so that a forgotten one would show.
         model.model.norm.weight.uniform_(0.5, 1.5)
+        # The last token mostly decides the next: what a small drafter can guess.
+        model.model.embed_tokens.weight *= 10
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight *= 0.2
+            layer.mlp.down_proj.weight *= 0.2
     model.save_pretrained(folder)
     return folder
 
@@ -63,7 +68,7 @@ def make_drafter(folder: Path, tensors: dict[str, Tensor] | None = None, **confi
         "intermediate_size": INNER,
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
-        "num_key_value_heads": 1,
+        "num_key_value_heads": 2,
         "head_dim": HEAD_DIM,
         "max_position_embeddings": MAX_LENGTH,
         "rms_norm_eps": 1e-6,
@@ -93,8 +98,8 @@ def random_drafter(seed: int) -> dict[str, Tensor]:
         "fc.weight": normal(HIDDEN, 3 * HIDDEN),
         **{f"midlayer.{name}.weight": torch.ones(HIDDEN) for name in norms},
         "midlayer.self_attn.q_proj.weight": normal(2 * HEAD_DIM, 2 * HIDDEN),
-        "midlayer.self_attn.k_proj.weight": normal(HEAD_DIM, 2 * HIDDEN),
-        "midlayer.self_attn.v_proj.weight": normal(HEAD_DIM, 2 * HIDDEN),
+        "midlayer.self_attn.k_proj.weight": normal(2 * HEAD_DIM, 2 * HIDDEN),
+        "midlayer.self_attn.v_proj.weight": normal(2 * HEAD_DIM, 2 * HIDDEN),
         "midlayer.self_attn.o_proj.weight": normal(HIDDEN, 2 * HEAD_DIM),
         "midlayer.mlp.gate_proj.weight": normal(INNER, HIDDEN),
         "midlayer.mlp.up_proj.weight": normal(INNER, HIDDEN),
@@ -104,14 +109,21 @@ def random_drafter(seed: int) -> dict[str, Tensor]:
     }
 
 
-def copying_drafter(policy: Any) -> dict[str, Tensor]:
-    """Drafts what the policy's third layer already leans to: better than a random one."""
-    tensors = random_drafter(0)
-    select = torch.zeros(HIDDEN, 3 * HIDDEN)
-    select[:, -HIDDEN:] = torch.eye(HIDDEN)
-    tensors["fc.weight"] = select
-    tensors["midlayer.self_attn.o_proj.weight"] = torch.zeros(HIDDEN, 2 * HEAD_DIM)
-    tensors["midlayer.mlp.down_proj.weight"] = torch.zeros(HIDDEN, INNER)
-    tensors["norm.weight"] = policy.model.norm.weight.detach().clone()
-    tensors["lm_head.weight"] = policy.lm_head.weight.detach().clone()
-    return tensors
+def bigram_drafter(policy: Any) -> dict[str, Tensor]:
+    """Guesses the next token from the last one's embedding alone, as the policy mostly does.
+
+    Attention looks sharply at its own position and passes the embedding through; features are
+    ignored.
+    """
+    identity, nothing = torch.eye(HIDDEN), torch.zeros(HIDDEN, HIDDEN)
+    embedding = torch.cat([identity, nothing], dim=1)
+    return random_drafter(0) | {
+        "fc.weight": torch.zeros(HIDDEN, 3 * HIDDEN),
+        "midlayer.self_attn.q_proj.weight": 5 * embedding,
+        "midlayer.self_attn.k_proj.weight": 5 * embedding,
+        "midlayer.self_attn.v_proj.weight": embedding,
+        "midlayer.self_attn.o_proj.weight": identity,
+        "midlayer.mlp.down_proj.weight": torch.zeros(HIDDEN, INNER),
+        "norm.weight": policy.model.norm.weight.detach().clone(),
+        "lm_head.weight": policy.lm_head.weight.detach().clone(),
+    }
