@@ -6,13 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import median
 
-from scipy.stats import chi2_contingency
-
 from drafttrain.demo.arms import Arm
-
-# Outcomes seen less often than this (both samples together) are counted as one, so that the
-# chi-square approximation holds.
-_RARE = 10
+from drafttrain.demo.statistics import two_sample_p_value
 
 
 def greedy_identical(plain: Arm, speculating: Arm, prompts: Sequence[list[int]], eos: int) -> bool:
@@ -39,19 +34,6 @@ def sampled_p_value(
         for arm in (plain, speculating)
     ]
     return two_sample_p_value(counts[0], counts[1])
-
-
-def two_sample_p_value(first: Counter[tuple[int, ...]], second: Counter[tuple[int, ...]]) -> float:
-    """p-value of "both counts come from one distribution"; rare outcomes are pooled."""
-    together = first + second
-    common = [outcome for outcome, count in together.items() if count >= _RARE]
-    table = [[counts[outcome] for outcome in common] for counts in (first, second)]
-    for row, counts in zip(table, (first, second), strict=True):
-        row.append(counts.total() - sum(row))
-    columns = [column for column in zip(*table, strict=True) if sum(column)]
-    if len(columns) < 2:
-        return 1.0
-    return float(chi2_contingency(list(zip(*columns, strict=True))).pvalue)
 
 
 def tap_overhead(

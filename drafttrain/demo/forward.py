@@ -94,9 +94,9 @@ def _attend(
     split = (x @ qkv.T).view(batch, length, 3, heads, size).permute(2, 0, 3, 1, 4)
     query, key = (_rotate(part, *rope).reshape(-1, length, size) for part in split[:2])
     scores = torch.baddbmm(mask, query, key.transpose(1, 2), alpha=size**-0.5)
-    out: Tensor = scores.softmax(-1) @ split[2].reshape(-1, length, size)
-    out = out.view(batch, heads, length, size).transpose(1, 2).reshape(batch * length, -1)
-    return out
+    mixed = scores.softmax(-1) @ split[2].reshape(-1, length, size)
+    out: Tensor = mixed.view(batch, heads, length, size).transpose(1, 2)
+    return out.reshape(batch * length, heads * size)
 
 
 def _rope_tables(length: int, config: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,7 @@ from drafttrain.rollouts.replay import Replay
 from drafttrain.telemetry import EventLog
 
 RL_STEPS = 14
-DRAFT_TOKENS = 5
+DRAFT_TOKENS = 3
 BATCH = 16
 """Requests an engine decodes together."""
 PROMPTS, GROUP = 16, 8

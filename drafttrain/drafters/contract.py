@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from drafttrain.checkpoints.manifest import Kind
 from drafttrain.drafters.batch import Batch
 from drafttrain.drafters.policy import PolicyShape
 
@@ -34,7 +35,7 @@ class Drafter(nn.Module, ABC):
         lm_head: [V, H_drafter]; draft logits are ``lm_head(hidden)``.
     """
 
-    kind: ClassVar[str]
+    kind: ClassVar[Kind]
     layer_ids: tuple[int, ...]
     lm_head: nn.Linear
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, Lla
 from transformers.models.llama.modeling_llama import rotate_half as rotate
 
 from drafttrain.checkpoints.formats import ARCHITECTURES_EAGLE3
-from drafttrain.checkpoints.manifest import TargetFingerprint
+from drafttrain.checkpoints.manifest import Kind, TargetFingerprint
 from drafttrain.checkpoints.verify import verify
 from drafttrain.drafters.batch import Batch
 from drafttrain.drafters.contract import Drafter
@@ -144,7 +144,7 @@ class Eagle3Layer(nn.Module):
 class Eagle3Drafter(Drafter):
     """See the module. One Llama-style layer over the whole vocabulary of the policy."""
 
-    kind = "eagle3"
+    kind: ClassVar[Kind] = "eagle3"
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()

@@ -95,7 +95,7 @@ def test_a_stop_token_ends_the_rollout_where_the_output_ends(
     engine: Any, reference: Any, spool: Path
 ) -> None:
     batch = prompts([12, 20, 41], salt=3)
-    full = generate(engine, batch, greedy(20))
+    full = generate(engine, batch, greedy(20, ignore_eos=True))
     assert all(engine.collective_rpc("drafttrain_flush"))
     new = Rollouts(spool)
     stops = [completion[7] for completion in full]
@@ -185,7 +185,7 @@ def test_a_policy_update_raises_the_version_once(
             reload("reload_weights", kwargs={"weights_path": str(changed)})
 
     try:
-        step_through(engine, prompts([30, 45], salt=11), greedy(25), update)
+        step_through(engine, prompts([30, 45], salt=11), greedy(25, ignore_eos=True), update)
         across = new.wait_for(2)
         new = Rollouts(spool)
         generate(engine, prompts([30, 45], salt=12), greedy(10))

@@ -43,8 +43,8 @@ def make_policy(folder: Path, seed: int = 0) -> Path:
         # The last token mostly decides the next: what a small drafter can guess.
         model.model.embed_tokens.weight *= 10
         for layer in model.model.layers:
-            layer.self_attn.o_proj.weight *= 0.2
-            layer.mlp.down_proj.weight *= 0.2
+            layer.self_attn.o_proj.weight *= 0.06
+            layer.mlp.down_proj.weight *= 0.06
     model.save_pretrained(folder)
     return folder
 

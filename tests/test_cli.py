@@ -1,0 +1,150 @@
+"""The command line as a user meets it: what it prints, its exit status, one line for a mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import making
+import pytest
+from transformers import Qwen3ForCausalLM
+
+from drafttrain.rollouts.spool import SpoolWriter
+
+POLICY = making.policy_shape()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy, a drafter made for it, and a spool of rollouts."""
+    root = tmp_path_factory.mktemp("cli")
+    Qwen3ForCausalLM(POLICY.config).save_pretrained(root / "policy")
+    run("init", "--target", root / "policy", "--out", root / "drafter")
+    writer = SpoolWriter(root / "spool", engine="test")
+    writer.write_head(making.policy_head(POLICY))
+    # What `init` makes reads other layers than the toy rollouts have; this one reads theirs.
+    making.drafter(POLICY).export(root / "toy", making.torch.float32)
+    writer.write(making.rollouts(POLICY, 120), making.layout(POLICY))
+    return root
+
+
+def run(*arguments: object) -> str:
+    """Run a command that must succeed; returns its standard output."""
+    result = call(*arguments)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def call(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "drafttrain", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def refused(*arguments: object) -> str:
+    """Run a command that must end with status 2 and one line; returns the line."""
+    result = call(*arguments)
+    assert result.returncode == 2, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert result.stdout == ""
+    return lines[0]
+
+
+def test_from_init_to_versions(folder: Path, tmp_path: Path) -> None:
+    registry = tmp_path / "registry"
+    assert "sound" in run("verify", folder / "drafter", "--target", folder / "policy")
+    run("publish", folder / "drafter", "--target", folder / "policy", "--registry", registry)
+    listing = json.loads(run("versions", "--registry", registry, "--json"))
+    assert listing["latest"] == 1
+    assert listing["versions"][0]["target"]["vocab_size"] == POLICY.vocab_size
+    assert "version" in run("versions", "--registry", registry)
+
+
+def test_pretrain_improves_on_what_eval_says_of_the_start(folder: Path, tmp_path: Path) -> None:
+    common = ("--target", folder / "policy", "--rollouts", folder / "spool", "--json")
+    before = json.loads(run("eval", "--drafter", folder / "toy", *common))
+    assert len(before["accepted_per_position"]) == 3
+    low, high = before["interval"]
+    assert low <= before["acceptance_length"] <= high
+    trained = json.loads(
+        run("pretrain", "--drafter", folder / "toy", "--registry", tmp_path, "--steps", 30, *common)
+    )
+    assert trained["acceptance_length"] > before["acceptance_length"]
+    after = json.loads(run("eval", "--drafter", tmp_path / "drafter" / "latest", *common))
+    assert after["acceptance_length"] > before["acceptance_length"]
+
+
+def test_a_missing_policy(tmp_path: Path) -> None:
+    line = refused("init", "--target", tmp_path / "nowhere", "--out", tmp_path / "out")
+    assert "nowhere" in line
+    assert "config.json" in line
+
+
+def test_a_policy_without_weights(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((folder / "policy" / "config.json").read_bytes())
+    line = refused("init", "--target", tmp_path, "--out", tmp_path / "out")
+    assert "model.embed_tokens.weight" in line
+
+
+def test_a_drafter_of_another_policy(folder: Path, tmp_path: Path) -> None:
+    making.policy_shape(vocab_size=29, hidden_size=64).config.save_pretrained(tmp_path)
+    line = refused("verify", folder / "drafter", "--target", tmp_path)
+    assert "config.json" in line
+
+
+def test_a_registry_of_a_newer_schema(tmp_path: Path) -> None:
+    (tmp_path / "registry.json").write_text('{"schema_version": 99}')
+    line = refused("versions", "--registry", tmp_path)
+    assert "schema_version" in line
+    assert "99" in line
+
+
+def test_a_spool_that_is_none(folder: Path, tmp_path: Path) -> None:
+    line = refused(
+        "eval",
+        "--target", folder / "policy",
+        "--drafter", folder / "toy",
+        "--rollouts", tmp_path / "nothing",
+    )  # fmt: skip
+    assert "nothing" in line
+
+
+def test_wrong_usage_has_status_2() -> None:
+    assert call("swap").returncode == 2
+    assert call("fly").returncode == 2
+
+
+def test_an_engine_that_does_not_answer() -> None:
+    result = call("status", "--engine", "http://127.0.0.1:9")
+    assert result.returncode == 1
+    assert "127.0.0.1:9" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.fixture
+def server_without_plugin() -> Iterator[str]:
+    """An HTTP server that knows none of our routes, as `vllm serve` without the plugin."""
+
+    class NotFound(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(404)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), NotFound)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+
+
+def test_an_engine_without_the_plugin(server_without_plugin: str) -> None:
+    result = call("status", "--engine", server_without_plugin)
+    assert result.returncode == 1
+    assert "additional-config" in result.stderr or "additional_config" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1

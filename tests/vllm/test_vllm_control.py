@@ -1,0 +1,113 @@
+"""The control routes as text: what they accept, refuse and never say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from drafttrain.errors import ConfigError
+from drafttrain.integrations.vllm.control import (
+    DRAFTER,
+    STATUS,
+    Answer,
+    Call,
+    answer,
+    read_token,
+    route,
+)
+from drafttrain.integrations.vllm.settings import engine_settings
+from drafttrain.integrations.vllm.versions import PolicyVersion
+
+TOKEN = "correct horse"
+
+
+def post(body: bytes, authorization: str | None = None, token: str | None = None) -> Call | Answer:
+    return route("POST", DRAFTER, body, authorization, token)
+
+
+def test_routes_become_worker_calls() -> None:
+    assert route("GET", STATUS, b"", None, TOKEN) == Call("drafttrain_status")
+    assert post(b'{"version": 3}') == Call("drafttrain_swap", (3,))
+    assert post(b'{"version": 3}', f"Bearer {TOKEN}", TOKEN) == Call("drafttrain_swap", (3,))
+
+
+@pytest.mark.parametrize(
+    "authorization", [None, "", "Bearer", "Bearer wrong", TOKEN, f"Basic {TOKEN}", "Bearer é"]
+)
+def test_a_wrong_token_is_refused_before_the_body_is_read(authorization: str | None) -> None:
+    reply = post(b"not json", authorization, TOKEN)
+    assert isinstance(reply, Answer)
+    assert reply.status == 401
+    assert TOKEN not in str(reply.body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"3", b"{}", b"[" * 4000, b"\xff", b'{"version": "3"}', b'{"version": true}',
+     b'{"version": 0}', b'{"version": -1}', b'{"version": 3.0}', b'{"version": 1e9}',
+     b'{"version": 1000000000}', b'{"version": 3}' + b" " * 5000,
+     b'{"version": ' + b"9" * 4080 + b"}"],
+)  # fmt: skip
+def test_a_body_without_a_version_is_refused(body: bytes) -> None:
+    reply = post(body)
+    assert isinstance(reply, Answer)
+    assert reply.status == 400
+
+
+def test_other_routes_do_not_exist() -> None:
+    for method, path in (("POST", STATUS), ("GET", DRAFTER), ("GET", "/drafttrain/../etc")):
+        reply = route(method, path, b"", None, None)
+        assert isinstance(reply, Answer)
+        assert reply.status == 404
+
+
+def test_one_refusing_worker_is_a_refusal() -> None:
+    done: dict[str, Any] = {"version": 3}
+    assert answer([done, done]) == Answer(200, done)
+    assert answer([done, {"error": "no", "status": 422}]) == Answer(422, {"error": "no"})
+
+
+def test_tokens_come_from_the_file_or_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DRAFTTRAIN_TOKEN", raising=False)
+    assert read_token(None) is None
+    monkeypatch.setenv("DRAFTTRAIN_TOKEN", "from outside")
+    assert read_token(None) == "from outside"
+    file = tmp_path / "token"
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_token(file)
+    file.write_text("  \n")
+    with pytest.raises(ConfigError, match="empty"):
+        read_token(file)
+    file.write_text(f"{TOKEN}\n")
+    assert read_token(file) == TOKEN
+
+
+def test_settings_refuse_what_they_do_not_know() -> None:
+    def settings(**given: Any) -> Any:
+        return engine_settings(SimpleNamespace(additional_config={"drafttrain": given}))
+
+    assert engine_settings(SimpleNamespace(additional_config={})) is None
+    assert settings().capture
+    for wrong in ({"spol": "x"}, {"engine": "a/b"}, {"segment_tokens": 0}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            settings(**wrong)
+
+
+def test_a_policy_version_never_goes_back() -> None:
+    from drafttrain.errors import EngineError
+
+    version = PolicyVersion()
+    assert version.number == 0
+    for _ in range(3):  # buckets of one update
+        version.touch()
+    assert version.number == version.number == 1
+    version.touch()
+    version.set(5)  # names the weights as they are
+    assert version.number == 5
+    with pytest.raises(EngineError, match="older"):
+        version.set(4)
