@@ -142,7 +142,7 @@ class Sidecar:
         held_out = held_out[-self.config.gate.held_out_rollouts :]
         if not held_out:
             return False
-        candidate = self._estimate(self.trainer.drafter, held_out)
+        candidate = self._estimate(self.trainer.average, held_out)
         serving = self._estimate(self.serving, held_out)
         gate = self.config.gate
         verdict = judge(candidate, serving, margin=gate.margin, level=gate.level)
@@ -168,7 +168,7 @@ class Sidecar:
         trained_on = self.replay.training
         manifest = publish_drafter(
             self.registry,
-            self.trainer.drafter,
+            self.trainer.average,
             self.target,
             parent=self.serving_version,
             lineage=Lineage(

@@ -94,7 +94,6 @@ def test_it_publishes_better_drafters_and_stops_on_ctrl_c(folder: Path) -> None:
 
 def test_it_continues_after_kills_at_any_moment(folder: Path) -> None:
     rng = random.Random(0)
-    step = 0
     for round_ in range(4):
         started = len(events(folder, "started"))
         process = start(folder)
@@ -115,7 +114,7 @@ def test_it_continues_after_kills_at_any_moment(folder: Path) -> None:
     assert process.wait(30) == 0
     starts = [event["step"] for event in events(folder, "started")]
     assert starts == sorted(starts)
-    assert starts[-1] > step
+    assert starts[-1] > 0
 
 
 def test_a_version_rolled_back_by_hand_is_what_serves(folder: Path) -> None:

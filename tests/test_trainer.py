@@ -49,8 +49,9 @@ def test_resume_is_exact(tmp_path: Path) -> None:
     assert take_steps(resumed, 3, first_seed=3) == expected
     assert resumed.step_count == straight.step_count
     assert torch.equal(resumed.generator.get_state(), straight.generator.get_state())
-    for name, tensor in straight.drafter.state_dict().items():
-        assert torch.equal(tensor, resumed.drafter.state_dict()[name]), name
+    for ours, theirs in ((straight.drafter, resumed.drafter), (straight.average, resumed.average)):
+        for name, tensor in ours.state_dict().items():
+            assert torch.equal(tensor, theirs.state_dict()[name]), name
 
 
 def test_rollouts_of_two_policy_versions_use_their_own_heads() -> None:

@@ -54,7 +54,7 @@ MEASURED_PROMPTS = 8
 MAX_TOKENS, MAX_MODEL_LEN = 160, 256
 FIRST_ROLLOUTS, FIRST_STEPS = 384, 300
 CONVERGED_ROLLOUTS, CONVERGED_STEPS = 384, 400
-TRAINING = TrainingConfig(draft_tokens=DRAFT_TOKENS, learning_rate=2e-3, tokens_per_step=1024)
+TRAINING = TrainingConfig(draft_tokens=DRAFT_TOKENS, learning_rate=3e-3, tokens_per_step=1024)
 METHOD: DraftSampleMethod = "probabilistic"
 
 CORES = sorted(os.sched_getaffinity(0))
@@ -208,7 +208,10 @@ class Demo:
     def _samples(self, problems: list[Problem], report: RolloutReport) -> list[ScoredRollout]:
         return [
             ScoredRollout(
-                problem.prompt_ids, completion, self.task.reward(problem, completion), problem
+                problem.prompt_ids,
+                completion,
+                self.task.reward(problem, completion),
+                problem.numbers,
             )
             for problem, completion in zip(
                 [problem for problem in problems for _ in range(GROUP)],

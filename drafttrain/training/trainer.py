@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from drafttrain.config import TrainingConfig
 from drafttrain.drafters.batch import length_buckets, make_batch
@@ -49,6 +50,8 @@ class Trainer:
 
     Attributes:
         drafter: float32, trained in place.
+        average: exponential moving average of its weights: what is offered for publishing. Without
+            a learning rate that decays, it is what takes the noise of the last steps out.
         step_count: optimizer steps so far.
         tokens_seen: rollout tokens trained on so far.
         generator: decides which rollouts a step samples; part of the saved state.
@@ -64,12 +67,20 @@ class Trainer:
         self.step_count = 0
         self.tokens_seen = 0
         self.generator = torch.Generator().manual_seed(config.seed)
+        self._averaged = AveragedModel(
+            self.drafter, multi_avg_fn=get_ema_multi_avg_fn(config.average_decay)
+        )
         self.optimizer = torch.optim.AdamW(
             drafter.parameters(),
             lr=config.learning_rate,
             betas=(0.9, 0.95),
             weight_decay=config.weight_decay,
         )
+
+    @property
+    def average(self) -> Drafter:
+        drafter: Drafter = self._averaged.module
+        return drafter
 
     def step(
         self, rollouts: Sequence[Rollout], layout: FeatureLayout, heads: dict[int, PolicyHead]
@@ -99,6 +110,7 @@ class Trainer:
             self.drafter.parameters(), self.config.gradient_clip, error_if_nonfinite=True
         )
         self.optimizer.step()
+        self._averaged.update_parameters(self.drafter)
         self.step_count += 1
         tokens = sum(rollout.length for rollout in rollouts)
         self.tokens_seen += tokens
@@ -140,6 +152,7 @@ class Trainer:
         """
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"drafter.{name}": t for name, t in self.drafter.state_dict().items()}
+        tensors |= {f"average.{name}": t for name, t in self._averaged.state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             for key, value in state.items():
                 tensors[f"optimizer.{index}.{key}"] = torch.as_tensor(value)
@@ -168,6 +181,7 @@ class Trainer:
         drafter = _with_prefix(tensors, "drafter.")
         try:
             self.drafter.load_state_dict(drafter)
+            self._averaged.load_state_dict(_with_prefix(tensors, "average."))
         except RuntimeError as error:
             raise CheckpointError(path, "drafter", f"does not fit the drafter: {error}") from error
         state: dict[int, dict[str, Tensor]] = {}

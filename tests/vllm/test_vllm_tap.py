@@ -234,3 +234,27 @@ def test_an_engine_without_speculation_gives_last_states(
         assert rollout.aux_hidden is None
         states = reference(rollout.tokens.long()[None], output_hidden_states=True).hidden_states
         assert_close(rollout.last_hidden[:-1], states[-1][0, :-1])
+
+
+def test_a_dead_thread_costs_rollouts_and_not_the_engine(
+    policy: Path, start_drafter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = make_engine(policy, start_drafter, {"spool": str(tmp_path), "engine": "dying"})
+    batch = prompts([10, 20], salt=14)
+    expected = generate(llm, batch, greedy(20))
+    assembler = worker_of(llm)._drafttrain._assembler
+
+    def fail(step: object) -> None:
+        raise RuntimeError("a fault of ours")
+
+    printed: list[object] = []
+    monkeypatch.setattr("threading.excepthook", printed.append)
+    monkeypatch.setattr(assembler, "_take_step", fail)
+    assert generate(llm, batch, greedy(20)) == expected
+    assembler._thread.join(5)
+    assert generate(llm, batch, greedy(20)) == expected
+    assert llm.collective_rpc("drafttrain_flush") == [False]
+    (reply,) = llm.collective_rpc("drafttrain_status")
+    assert not reply["tap"]["capturing"]
+    assert "thread has ended" in reply["tap"]["unavailable"]
+    assert len(printed) == 1

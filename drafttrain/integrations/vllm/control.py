@@ -3,8 +3,8 @@
     GET  /drafttrain/status                      EngineStatus
     POST /drafttrain/drafter  {"version": N}     SwapResult
 
-A request becomes a call of a worker method (:func:`route`), the workers' replies become the answer
-(:func:`answer`); anything wrong becomes ``{"error": ...}`` with a status:
+A request is a conversation with the workers (:func:`handle`): worker calls, and what comes of their
+replies. Anything wrong becomes ``{"error": ...}`` with a status:
 
     400  not JSON, or without a version          409  refused as things are (no registry, not on)
     401  bearer token missing or wrong           422  no such version, or it does not fit
@@ -16,6 +16,8 @@ from __future__ import annotations
 import hmac
 import json
 import os
+import time
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +33,17 @@ MAX_BODY_BYTES = 4096
 _MAX_VERSION = 999_999_999
 
 
+# Between two questions whether a version is read; each one waits for an engine step to end.
+_ASK_AGAIN_SECONDS = 0.05
+
+
 @dataclass(frozen=True)
 class Call:
-    """A worker method to be run by ``collective_rpc``."""
+    """A worker method to be run by ``collective_rpc``, after a pause."""
 
     method: str
     args: tuple[Any, ...] = ()
+    pause: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,12 @@ class Answer:
 
     status: int
     body: dict[str, Any]
+
+
+Replies = list[dict[str, Any]]
+
+# Yields worker calls, is sent their replies (one per worker), and returns the answer.
+Conversation = Generator[Call, Replies, Answer]
 
 
 def read_token(token_file: Path | None) -> str | None:
@@ -64,10 +77,10 @@ def read_token(token_file: Path | None) -> str | None:
     return token
 
 
-def route(
+def handle(
     method: str, path: str, body: bytes, authorization: str | None, token: str | None
-) -> Call | Answer:
-    """The worker call that a request asks for, or the answer why not.
+) -> Conversation:
+    """A request, as the worker calls it takes and the answer they lead to.
 
     Args:
         method: HTTP's.
@@ -77,7 +90,7 @@ def route(
         token: that POST must bring; None: none.
     """
     if (method, path) == ("GET", STATUS):
-        return Call("drafttrain_status")
+        return (yield from status())
     if (method, path) != ("POST", DRAFTER):
         return _refused(404, "no such route")
     if token is not None and not _bears(authorization, token):
@@ -85,10 +98,36 @@ def route(
     version = _version(body)
     if version is None:
         return _refused(400, 'expected {"version": N} with a positive integer')
-    return Call("drafttrain_swap", (version,))
+    return (yield from swap(version))
 
 
-def answer(replies: list[dict[str, Any]]) -> Answer:
+def status() -> Conversation:
+    return _joined((yield Call("drafttrain_status")))
+
+
+def swap(version: int) -> Conversation:
+    """The workers read the version while they generate; only loading it comes between steps."""
+    replies = yield Call("drafttrain_prepare", (version,))
+    while _joined(replies).status == 200 and not all(reply["ready"] for reply in replies):
+        replies = yield Call("drafttrain_prepare", (version,), pause=_ASK_AGAIN_SECONDS)
+    if (refused := _joined(replies)).status != 200:
+        return refused
+    return _joined((yield Call("drafttrain_swap", (version,))))
+
+
+def run(conversation: Conversation, rpc: Callable[[Call], Replies]) -> Answer:
+    """Holds a conversation with the workers."""
+    try:
+        call = next(conversation)
+        while True:
+            time.sleep(call.pause)
+            call = conversation.send(rpc(call))
+    except StopIteration as end:
+        answer: Answer = end.value
+        return answer
+
+
+def _joined(replies: Replies) -> Answer:
     """The workers' replies as one: theirs agree, or one says what went wrong."""
     for reply in replies:
         if "error" in reply:

@@ -20,9 +20,13 @@ from drafttrain.integrations.vllm.control import (
     MAX_BODY_BYTES,
     Answer,
     Call,
-    answer,
+    Conversation,
+    Replies,
+    handle,
     read_token,
-    route,
+    run,
+    status,
+    swap,
 )
 from drafttrain.integrations.vllm.messages import EngineStatus, SwapResult
 from drafttrain.integrations.vllm.settings import engine_settings
@@ -41,7 +45,7 @@ class EngineServer:
         settings = engine_settings(self._engine.vllm_config)
         token = read_token(settings.token_file if settings else None)
         self._turnstile = _turnstile_of(self._engine)
-        self._server = ThreadingHTTPServer((host, port), _handler(self._ask, token))
+        self._server = ThreadingHTTPServer((host, port), _handler(self._hold, token))
         self._server.daemon_threads = True
         self._thread = threading.Thread(
             target=self._server.serve_forever, name="drafttrain-http", daemon=True
@@ -56,7 +60,7 @@ class EngineServer:
         Raises:
             EngineError: drafttrain is not switched on.
         """
-        return EngineStatus.model_validate(self._body(Call("drafttrain_status")))
+        return EngineStatus.model_validate(self._body(status()))
 
     def swap(self, version: int) -> SwapResult:
         """As ``POST /drafttrain/drafter``.
@@ -64,7 +68,7 @@ class EngineServer:
         Raises:
             EngineError: refused, with the reason; the old drafter serves on.
         """
-        return SwapResult.model_validate(self._body(Call("drafttrain_swap", (version,))))
+        return SwapResult.model_validate(self._body(swap(version)))
 
     def close(self) -> None:
         """Stops serving."""
@@ -78,14 +82,18 @@ class EngineServer:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _ask(self, call: Call) -> Answer:
-        return answer(self._engine.collective_rpc(call.method, args=call.args))
+    def _hold(self, conversation: Conversation) -> Answer:
+        return run(conversation, self._rpc)
 
-    def _body(self, call: Call) -> dict[str, Any]:
-        reply = self._ask(call)
-        if reply.status != 200:
-            raise EngineError(reply.body["error"])
-        return reply.body
+    def _rpc(self, call: Call) -> Replies:
+        replies: Replies = self._engine.collective_rpc(call.method, args=call.args)
+        return replies
+
+    def _body(self, conversation: Conversation) -> dict[str, Any]:
+        answer = self._hold(conversation)
+        if answer.status != 200:
+            raise EngineError(answer.body["error"])
+        return answer.body
 
 
 def serve_engine(llm: Any, host: str = "127.0.0.1", port: int = 0) -> EngineServer:
@@ -136,7 +144,9 @@ def _settle_when_idle(engine: Any) -> None:
     engine.step = step_and_settle
 
 
-def _handler(ask: Callable[[Call], Answer], token: str | None) -> type[BaseHTTPRequestHandler]:
+def _handler(
+    hold: Callable[[Conversation], Answer], token: str | None
+) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self._reply()
@@ -149,8 +159,7 @@ def _handler(ask: Callable[[Call], Answer], token: str | None) -> type[BaseHTTPR
             size = min(int(length), MAX_BODY_BYTES + 1) if length.isdigit() else 0
             path = self.path.partition("?")[0]
             authorization = self.headers.get("Authorization")
-            call = route(self.command, path, self.rfile.read(size), authorization, token)
-            reply = ask(call) if isinstance(call, Call) else call
+            reply = hold(handle(self.command, path, self.rfile.read(size), authorization, token))
             content = json.dumps(reply.body).encode()
             self.send_response(reply.status)
             self.send_header("Content-Type", "application/json")

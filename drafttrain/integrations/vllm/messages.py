@@ -89,6 +89,12 @@ class EngineStatus(Message):
     cpu_sampler_corrected: bool
 
 
+class Prepared(Message):
+    """Whether a worker has read and verified the version it was told to prepare."""
+
+    ready: bool
+
+
 class SwapResult(Message):
     """``POST /drafttrain/drafter``: what serves now, and what served before."""
 

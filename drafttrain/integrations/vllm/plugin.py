@@ -39,6 +39,7 @@ def register() -> None:
 
     for method in (
         drafttrain_status,
+        drafttrain_prepare,
         drafttrain_swap,
         drafttrain_policy_version,
         drafttrain_capture,
@@ -105,6 +106,12 @@ def _answer(worker: Any, ask: Callable[[EngineSide], BaseModel]) -> dict[str, An
 def drafttrain_status(worker: Any) -> dict[str, Any]:
     """An :class:`EngineStatus` as a dict, or a :class:`Refusal` when not switched on."""
     return _answer(worker, lambda side: side.status())
+
+
+def drafttrain_prepare(worker: Any, version: int) -> dict[str, Any]:
+    """Starts to read a version, or says that it is read: a :class:`Prepared` as a dict, or a
+    :class:`Refusal`. A swap without it works as well, and reads the version between two steps."""
+    return _answer(worker, lambda side: side.prepare(version))
 
 
 def drafttrain_swap(worker: Any, version: int) -> dict[str, Any]:

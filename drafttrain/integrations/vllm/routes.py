@@ -5,6 +5,7 @@ vLLM loads it only when it is named in ``VLLM_PLUGINS=drafttrain``.
 
 from __future__ import annotations
 
+import asyncio
 from argparse import Namespace
 from typing import Any
 
@@ -15,10 +16,10 @@ from drafttrain.integrations.vllm.control import (
     DRAFTER,
     MAX_BODY_BYTES,
     STATUS,
-    Call,
-    answer,
+    Answer,
+    Conversation,
+    handle,
     read_token,
-    route,
 )
 from drafttrain.integrations.vllm.settings import engine_settings
 
@@ -46,16 +47,26 @@ class Routes:
         self._token = read_token(settings.token_file if settings else None)
 
     async def _handle(self, request: Request) -> JSONResponse:
-        call = route(
+        conversation = handle(
             request.method,
             request.url.path,
             await _body(request),
             request.headers.get("authorization"),
             self._token,
         )
-        if isinstance(call, Call):
-            call = answer(await self._engine.collective_rpc(call.method, args=call.args))
-        return JSONResponse(call.body, call.status)
+        answer = await self._held(conversation)
+        return JSONResponse(answer.body, answer.status)
+
+    async def _held(self, conversation: Conversation) -> Answer:
+        try:
+            call = next(conversation)
+            while True:
+                await asyncio.sleep(call.pause)
+                replies = await self._engine.collective_rpc(call.method, args=call.args)
+                call = conversation.send(replies)
+        except StopIteration as end:
+            answer: Answer = end.value
+            return answer
 
 
 async def _body(request: Request) -> bytes:

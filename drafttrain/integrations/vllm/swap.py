@@ -8,8 +8,12 @@ completeness nor can go back, hence the checks before and the restore after.
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +32,7 @@ from drafttrain.checkpoints.formats import with_defaults
 from drafttrain.checkpoints.manifest import TargetFingerprint, read_json
 from drafttrain.checkpoints.registry import Registry
 from drafttrain.checkpoints.verify import CONFIG, WEIGHTS, Verified, sha256_of, verify
-from drafttrain.errors import EngineError
+from drafttrain.errors import CheckpointError, EngineError
 from drafttrain.integrations.vllm.fit import aliased, check_config, check_tensors, live_name
 from drafttrain.integrations.vllm.messages import SwapResult
 from drafttrain.integrations.vllm.settings import EngineSettings
@@ -38,6 +42,13 @@ Weights = Iterable[tuple[str, Tensor]]
 
 # A new method needs its names in ``fit`` and a round-trip test.
 METHODS = ("eagle3",)
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    where: str
+    verified: Verified
+    sha: str
 
 
 class Swapper:
@@ -55,7 +66,23 @@ class Swapper:
         self._settings = settings
         self._versions = versions
         self._serving: Verified | None = None  # None: the one vLLM was started with
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="drafttrain-read")
+        self._prepared: dict[int, Future[_Checkpoint]] = {}
         versions.drafter = self._started_with()
+
+    def prepare(self, version: int) -> bool:
+        """Reads and verifies a version in a thread of its own, while the engine generates.
+
+        Returns:
+            Whether that is done; ask again until it is, then :meth:`swap` only has to load.
+
+        Raises:
+            CheckpointError, EngineError: as :meth:`swap`.
+        """
+        if not self._reading(version).done():
+            return False
+        self._read_by_now(version)
+        return True
 
     def swap(self, version: int) -> SwapResult:
         """Makes a registry version the drafter.
@@ -66,26 +93,46 @@ class Swapper:
         """
         started = time.perf_counter()
         drafter, policy = self._drafter(), self._worker.model_runner.get_model()
-        folder = self._registry().folder(version)
-        new = self._checked(folder, drafter, policy)
-        before, after = self._versions.drafter, DrafterVersion(version, _sha(folder, new))
-        self._load_or_restore(new, drafter, policy, f"loading drafter version {version} failed")
-        self._serving, self._versions.drafter = new, after
+        new = self._read_by_now(version)
+        tp = self._worker.parallel_config.tensor_parallel_size
+        check_tensors(new.where, new.verified.tensors, drafter, policy, tp=tp)
+        before = self._versions.drafter
+        self._load_or_restore(
+            new.verified, drafter, policy, f"loading drafter version {version} failed"
+        )
+        self._prepared.clear()
+        self._serving = new.verified
+        self._versions.drafter = DrafterVersion(version, new.sha)
         self._versions.swaps += 1
         return SwapResult(
             version=version,
             previous=before.number,
             seconds=time.perf_counter() - started,
-            sha=after.sha,
+            sha=new.sha,
         )
 
-    def _checked(self, folder: Path, drafter: nn.Module, policy: nn.Module) -> Verified:
+    def _reading(self, version: int) -> Future[_Checkpoint]:
+        self._drafter()
+        if version not in self._prepared:
+            folder = self._registry().folder(version)
+            self._prepared[version] = self._reader.submit(self._read, folder)
+        return self._prepared[version]
+
+    def _read_by_now(self, version: int) -> _Checkpoint:
+        try:
+            return self._reading(version).result()
+        except CheckpointError:
+            self._prepared.pop(version, None)  # it may be mended
+            raise
+
+    def _read(self, folder: Path) -> _Checkpoint:
+        """In the reader's thread."""
         target = TargetFingerprint.from_config(self._worker.model_config.hf_config.to_dict())
-        new = verify(folder, target)
-        check_config(str(folder), new.config, self._running_config())
-        tp = self._worker.parallel_config.tensor_parallel_size
-        check_tensors(str(folder), new.tensors, drafter, policy, tp=tp)
-        return new
+        verified = verify(folder, target)
+        check_config(str(folder), verified.config, self._running_config())
+        manifest = verified.manifest
+        sha = manifest.files[WEIGHTS] if manifest else sha256_of(folder / WEIGHTS)
+        return _Checkpoint(str(folder), verified, sha)
 
     def _load_or_restore(
         self, new: Verified, drafter: nn.Module, policy: nn.Module, failure: str
@@ -155,7 +202,20 @@ def layerwise_load(model: Any, weights: Weights, model_config: Any) -> None:
             _forget_half_loaded(model)
             raise
         finally:
-            finalize_layerwise_reload(model, model_config)
+            with _quiet():
+                finalize_layerwise_reload(model, model_config)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without vLLM's warnings about layers that were left out: rotary tables, shared embeddings."""
+    log = logging.getLogger(finalize_layerwise_reload.__module__)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _forget_half_loaded(model: nn.Module) -> None:
@@ -182,8 +242,3 @@ def keep_own_head(proposer: Any) -> None:
         share(SimpleNamespace(model=target.model) if own else target)
 
     proposer._maybe_share_lm_head = share_only_if_absent
-
-
-def _sha(folder: Path, verified: Verified) -> str:
-    manifest = verified.manifest
-    return manifest.files[WEIGHTS] if manifest else sha256_of(folder / WEIGHTS)

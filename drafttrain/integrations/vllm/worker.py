@@ -13,7 +13,7 @@ from drafttrain.errors import EngineError
 from drafttrain.integrations.vllm import cpu_sampler
 from drafttrain.integrations.vllm.assembler import Assembler
 from drafttrain.integrations.vllm.counters import Counters
-from drafttrain.integrations.vllm.messages import EngineStatus, SwapResult, TapCounters
+from drafttrain.integrations.vllm.messages import EngineStatus, Prepared, SwapResult, TapCounters
 from drafttrain.integrations.vllm.settings import EngineSettings
 from drafttrain.integrations.vllm.swap import Swapper, keep_own_head
 from drafttrain.integrations.vllm.tap import Tap, find_parts
@@ -75,6 +75,10 @@ class EngineSide:
             tap=self._tap_counters(counters),
             cpu_sampler_corrected=cpu_sampler.in_force(),
         )
+
+    def prepare(self, version: int) -> Prepared:
+        """As :meth:`Swapper.prepare`."""
+        return Prepared(ready=self._swapper.prepare(version))
 
     def swap(self, version: int) -> SwapResult:
         """As :meth:`Swapper.swap`."""
