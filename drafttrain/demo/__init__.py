@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 # Read when torch and vLLM are first imported, so before any import that brings them.
@@ -18,6 +19,8 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 
 
@@ -28,6 +31,7 @@ def run_demo(out: Path, rl_steps: int | None, seed: int) -> None:
         DrafttrainError: something it needs is missing, such as vLLM.
     """
     os.environ.update(ENVIRONMENT)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # vLLM's, at every import
     from drafttrain.demo.run import Demo
 
     Demo(out, seed=seed, **({} if rl_steps is None else {"rl_steps": rl_steps})).run()

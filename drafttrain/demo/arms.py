@@ -11,6 +11,8 @@ from typing import Any
 
 from vllm import LLM, SamplingParams
 
+from drafttrain.integrations.vllm.local import serve_engine
+
 
 @dataclass(frozen=True)
 class RolloutReport:
@@ -52,7 +54,11 @@ class RolloutReport:
 
 
 class Arm:
-    """A vLLM engine with its own way of drafting, following the policy's weights."""
+    """A vLLM engine with its own way of drafting, following the policy's weights.
+
+    Attributes:
+        server: its control routes, which the sidecar speaks to.
+    """
 
     def __init__(
         self,
@@ -79,7 +85,9 @@ class Arm:
             speculative_config=speculation,
             additional_config={"drafttrain": {"engine": name, **(drafttrain or {})}},
             disable_log_stats=True,
+            use_tqdm_on_load=False,
         )
+        self.server = serve_engine(self.llm)
 
     def follow(self, policy: Path, version: int) -> None:
         """Load the policy's new weights, as an RL job does after each of its steps."""
@@ -90,10 +98,9 @@ class Arm:
         """Switch the tap on or off."""
         self.llm.collective_rpc("drafttrain_capture", args=(enabled,))
 
-    def status(self) -> dict[str, Any]:
-        """What the plugin says of this engine."""
-        status: dict[str, Any] = self.llm.collective_rpc("drafttrain_status")[0]
-        return status
+    def flush(self) -> None:
+        """Have the tap write what it holds."""
+        self.llm.collective_rpc("drafttrain_flush")
 
     def rollout(
         self, prompts: Sequence[list[int]], max_tokens: int, eos: int, temperature: float = 1.0
@@ -124,5 +131,5 @@ class Arm:
         )
 
     def _acceptance(self) -> tuple[int, list[int]]:
-        acceptance = self.status()["acceptance"]
-        return acceptance["rounds"], acceptance["accepted_per_position"]
+        acceptance = self.server.status().acceptance
+        return acceptance.rounds, acceptance.accepted_per_position

@@ -37,7 +37,6 @@ from drafttrain.demo.task import Problem, Task
 from drafttrain.drafters import Drafter, Eagle3Drafter, PolicyShape, load_drafter
 from drafttrain.drafters.policy import read_policy_head
 from drafttrain.errors import DrafttrainError
-from drafttrain.integrations.vllm.local import serve_engine
 from drafttrain.pretrain import pretrain
 from drafttrain.publishing import as_manifest_entry, publish_drafter, publish_folder
 from drafttrain.rollouts.replay import Replay
@@ -99,7 +98,7 @@ class Demo:
         ]
         self.grpo = Grpo(load_policy(self.policy), GrpoConfig(steps=self.rl_steps))
         steps = []
-        with serve_engine(self.sidecar_arm.llm) as server, self._sidecar_process(server.url):
+        with self._sidecar_process(self.sidecar_arm.server.url):
             for step in range(self.rl_steps):
                 steps.append(self._rl_step(step))
         write_report(self.out, {"steps": steps, "totals": self._totals(steps)})
@@ -130,7 +129,7 @@ class Demo:
         shutil.rmtree(self.out / "untrained")
         settings = {"spool": str(self.out / "spool"), "registry": str(self.registry.root)}
         arm = self._arm("sidecar", self._eagle3(self.registry.folder(1)), settings)
-        arm.llm.collective_rpc("drafttrain_swap", args=(1,))
+        arm.server.swap(1)
         return arm
 
     def _first_drafter(self) -> int:
@@ -140,9 +139,9 @@ class Demo:
             for start in range(0, len(prompts), 4 * BATCH):
                 self._rollout(self.sidecar_arm, prompts[start : start + 4 * BATCH])
                 advance(4 * BATCH)
-        self._flush()
+        self.sidecar_arm.flush()
         version = self._pretrain("training the first drafter", start=1, steps=FIRST_STEPS)
-        self.sidecar_arm.llm.collective_rpc("drafttrain_swap", args=(version,))
+        self.sidecar_arm.server.swap(version)
         return version
 
     def _pretrain(
@@ -174,7 +173,7 @@ class Demo:
         started = time.time()
         problems = [self.task.sample_problem(self.rng) for _ in range(PROMPTS)]
         reports = self._measured_rollouts(step, problems[:MEASURED_PROMPTS])
-        drafter_version = self.sidecar_arm.status()["drafter_version"]
+        drafter_version = self.sidecar_arm.server.status().drafter_version
         samples = self._samples(problems[:MEASURED_PROMPTS], reports["sidecar"])
         rest = problems[MEASURED_PROMPTS:]
         samples += self._samples(rest, self._rollout(self.sidecar_arm, self._repeat(rest)))
@@ -225,7 +224,6 @@ class Demo:
         swaps = [
             e for e in EventLog(self.out / "state/events.jsonl").read() if e["event"] == "swapped"
         ]
-        last = self.sidecar_arm.status()["drafter_version"]
         prompts = self._repeat(
             [self.task.sample_problem(self.rng) for _ in range(MEASURED_PROMPTS)]
         )
@@ -240,7 +238,7 @@ class Demo:
             "aborted_requests": self.aborted,
             "tap_overhead": overhead,
             "draft_sample_method": METHOD,
-            "converged_acceptance_length": self._converged(last, prompts),
+            "converged_acceptance_length": self._converged(prompts),
             "ngram": self._ngram(prompts),
             "greedy_identical": greedy,
             "sampled_p_value": p_value,
@@ -251,16 +249,19 @@ class Demo:
             },
         }
 
-    def _converged(self, start: int, prompts: list[list[int]]) -> float:
+    def _converged(self, prompts: list[list[int]]) -> float:
         """Acceptance length of a drafter trained to convergence on the final policy's rollouts."""
         problems = [self.task.sample_problem(self.rng) for _ in range(CONVERGED_ROLLOUTS)]
         self._rollout(self.sidecar_arm, [problem.prompt_ids for problem in problems])
-        self._flush()
+        self.sidecar_arm.flush()
         version = self._pretrain(
-            "training a drafter to convergence", start, CONVERGED_STEPS, newest_policy_only=True
+            "training a drafter to convergence",
+            start=self.registry.versions()[-1],
+            steps=CONVERGED_STEPS,
+            newest_policy_only=True,
         )
         use_cores(ENGINE_CORES)
-        self.sidecar_arm.llm.collective_rpc("drafttrain_swap", args=(version,))
+        self.sidecar_arm.server.swap(version)
         return self._rollout(self.sidecar_arm, prompts * 2).acceptance_length
 
     def _ngram(self, prompts: list[list[int]]) -> dict[str, Any]:
@@ -300,9 +301,6 @@ class Demo:
         report = arm.rollout(prompts, MAX_TOKENS, self.task.eos_id)
         self.aborted += len(prompts) - report.finished
         return report
-
-    def _flush(self) -> None:
-        self.sidecar_arm.llm.collective_rpc("drafttrain_flush")
 
     @staticmethod
     def _repeat(problems: list[Problem]) -> list[list[int]]:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -79,8 +79,7 @@ class Trainer:
 
     @property
     def average(self) -> Drafter:
-        drafter: Drafter = self._averaged.module
-        return drafter
+        return cast(Drafter, self._averaged.module)
 
     def step(
         self, rollouts: Sequence[Rollout], layout: FeatureLayout, heads: dict[int, PolicyHead]

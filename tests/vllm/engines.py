@@ -34,7 +34,7 @@ def make_engine(policy: Path, drafter: Path | None, settings: dict[str, Any] | N
         more["additional_config"] = {"drafttrain": settings}
     llm = LLM(
         str(policy),
-        dtype="float32",
+        dtype=more.pop("dtype", "float32"),
         enforce_eager=True,
         max_model_len=256,
         max_num_seqs=16,

@@ -142,6 +142,21 @@ def test_rollouts_ended_by_a_stop_string_are_seen_when_the_engine_goes_idle(
     assert status(engine).tap.running == 0
 
 
+def test_the_empty_step_that_settles_is_part_of_the_turn(
+    server: EngineServer, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = engine.llm_engine.engine_core.engine_core
+    step, owners = core.step_fn, []
+
+    def watched() -> Any:
+        owners.append(server._turnstile._owner)
+        return step()
+
+    monkeypatch.setattr(core, "step_fn", watched)
+    generate(engine, prompts([12], salt=43), greedy(4))
+    assert set(owners) == {threading.get_ident()}
+
+
 def test_the_turnstile_lets_a_waiter_in_after_one_turn() -> None:
     turnstile, turns, stop = Turnstile(), 0, threading.Event()
 

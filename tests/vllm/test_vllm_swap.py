@@ -12,7 +12,7 @@ import torch
 from conftest import publish
 from engines import generate, greedy, make_engine, prompts, sampled, status, step_through, worker_of
 from safetensors.torch import load_file, save_file
-from tiny_models import HIDDEN, VOCAB, make_drafter, random_drafter
+from tiny_models import HIDDEN, VOCAB, bigram_drafter, make_drafter, random_drafter
 
 from drafttrain.checkpoints.registry import Registry
 
@@ -213,6 +213,26 @@ def test_a_head_equal_to_the_policys_is_not_shared_with_it(
     assert "error" not in swap(llm, 1)
     after = policy_weights(llm)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_reduced_draft_vocabulary_is_swapped_with_its_mapping(
+    policy: Path, reference: Any, tmp_path: Path
+) -> None:
+    registry = Registry(tmp_path / "registry")
+    bigram = bigram_drafter(reference)
+    for name, step in (("even", 2), ("low", 1)):
+        ids = torch.arange(64) * step
+        tensors = bigram | {
+            "lm_head.weight": bigram["lm_head.weight"][ids].clone(),
+            "d2t": ids - torch.arange(64),
+        }
+        publish(registry, make_drafter(tmp_path / name, tensors, draft_vocab_size=64), policy)
+    engines = [
+        make_engine(policy, registry.folder(v), {"registry": str(registry.root)}) for v in (1, 2)
+    ]
+    assert drafts(engines[0], 27) != drafts(engines[1], 27)
+    assert swap(engines[0], 2)["previous"] == 1
+    assert drafts(engines[0], 27) == drafts(engines[1], 27)
 
 
 def test_engines_that_cannot_swap_say_so(policy: Path, start_drafter: Path, tmp_path: Path) -> None:

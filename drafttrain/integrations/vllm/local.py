@@ -36,6 +36,11 @@ from drafttrain.integrations.vllm.turnstile import Turnstile
 _GUARDED = ("step", "collective_rpc", "sleep", "wake_up")
 _TURNSTILE = "_drafttrain_turnstile"
 
+# Engines that compute in this process share modules: vLLM keeps one rotary embedding for all models
+# that want the same (``rotary_embedding/__init__.py``, ``_ROPE_DICT``), and a layerwise reload puts
+# it on the meta device for a moment. So while one of them swaps, no other may step.
+_IN_THIS_PROCESS = Turnstile()
+
 
 class EngineServer:
     """Serves one ``LLM`` until it is closed; the engine itself is left running."""
@@ -114,10 +119,11 @@ def serve_engine(llm: Any, host: str = "127.0.0.1", port: int = 0) -> EngineServ
 def _turnstile_of(engine: Any) -> Turnstile:
     turnstile: Turnstile | None = getattr(engine, _TURNSTILE, None)
     if turnstile is None:
-        turnstile = Turnstile()
+        computes_here = hasattr(engine.engine_core, "engine_core")
+        turnstile = _IN_THIS_PROCESS if computes_here else Turnstile()
+        _settle_when_idle(engine)
         for name in _GUARDED:
             turnstile.guard(engine, name)
-        _settle_when_idle(engine)
         setattr(engine, _TURNSTILE, turnstile)
     return turnstile
 
