@@ -60,7 +60,7 @@ class ReplayConfig(Section):
 class GateConfig(Section):
     """When a candidate replaces the serving drafter."""
 
-    margin: float = Field(0.0, ge=0)
+    margin: float = Field(0.02, ge=0)
     """Gain in acceptance length that the confidence interval must clear."""
     level: Fraction = 0.9
     """Confidence level of that interval."""

@@ -37,7 +37,7 @@ def sampled_p_value(
 
 
 def tap_overhead(
-    arm: Arm, prompts: Sequence[list[int]], max_tokens: int, eos: int, pairs: int = 6
+    arm: Arm, prompts: Sequence[list[int]], max_tokens: int, eos: int, pairs: int = 10
 ) -> float:
     """Rollout time a token with the tap on over that with it off, minus one; median of pairs."""
     ratios = []

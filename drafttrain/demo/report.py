@@ -51,19 +51,18 @@ def print_report(run: Path) -> None:
 
 def steps_table(steps: list[dict[str, Any]]) -> Table:
     """One row for each RL step."""
-    table = Table(title="rollouts of each RL step")
-    for name in ("step", "reward", "length", "drafter"):
+    table = Table(title="rollouts of each RL step: tokens/s, and acceptance length")
+    for name in ("step", "reward", "drafter"):
         table.add_column(name, justify="right")
     for name in ("none", "frozen", "sidecar"):
         table.add_column(f"{name}\ntok/s", justify="right")
     for name in ("frozen", "sidecar"):
-        table.add_column(f"{name}\naccepted", justify="right")
+        table.add_column(f"{name}\nlength", justify="right")
     for step in steps:
         arms = step["arms"]
         table.add_row(
             str(step["step"]),
             f"{step['reward']:.2f}",
-            f"{step['length']:.0f}",
             f"v{step['drafter_version']}",
             *(f"{arms[name]['tokens_per_s']:.0f}" for name in ("none", "frozen", "sidecar")),
             *(f"{arms[name]['acceptance_length']:.2f}" for name in ("frozen", "sidecar")),

@@ -230,7 +230,7 @@ class Demo:
         none, _, sidecar = self.arms
         greedy = checks.greedy_identical(none, sidecar, prompts[::GROUP] * 4, self.task.eos_id)
         p_value = checks.sampled_p_value(none, sidecar, prompts[0], self.task.eos_id)
-        overhead = checks.tap_overhead(sidecar, prompts, MAX_TOKENS, self.task.eos_id)
+        overhead = checks.tap_overhead(sidecar, prompts[: 2 * BATCH], MAX_TOKENS, self.task.eos_id)
         return {
             "swaps": len(swaps),
             "swap_seconds": [event["seconds"] for event in swaps],
@@ -344,11 +344,12 @@ class Demo:
     def _say(self, row: dict[str, Any]) -> None:
         none, frozen, sidecar = (row["arms"][name] for name in ("none", "frozen", "sidecar"))
         self.console.print(
-            f"step {row['step']:2d}  reward {row['reward']:.2f}  length {row['length']:3.0f}  "
-            f"tokens/s {none['tokens_per_s']:.0f} plain, {frozen['tokens_per_s']:.0f} frozen, "
-            f"{sidecar['tokens_per_s']:.0f} sidecar  acceptance length "
-            f"{frozen['acceptance_length']:.2f} frozen, {sidecar['acceptance_length']:.2f} sidecar "
-            f"(v{row['drafter_version']})"
+            f"step {row['step']:2d}  reward {row['reward']:.2f}  "
+            f"plain {none['tokens_per_s']:.0f}/s  "
+            f"frozen {frozen['tokens_per_s']:.0f}/s ({frozen['acceptance_length']:.2f})  "
+            f"sidecar {sidecar['tokens_per_s']:.0f}/s ({sidecar['acceptance_length']:.2f}, "
+            f"v{row['drafter_version']})",
+            highlight=False,
         )
 
 

@@ -65,7 +65,8 @@ def server(
         *("--host", "127.0.0.1", "--port", url.rpartition(":")[2], "--served-model-name", "policy"),
         *("--dtype", "float32", "--enforce-eager", "--skip-tokenizer-init"),
         *("--max-model-len", "256", "--max-num-seqs", "8", "--block-size", "32"),
-        *("--num-gpu-blocks-override", "200"),
+        # Without a timeout vLLM kills its workers at once, with rollouts not written yet.
+        *("--num-gpu-blocks-override", "200", "--shutdown-timeout", "20"),
         *("--speculative-config", json.dumps(speculative)),
         *("--additional-config", json.dumps({"drafttrain": settings})),
     ]

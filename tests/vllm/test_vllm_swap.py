@@ -98,6 +98,26 @@ def test_a_swap_keeps_storage_and_leaves_the_policy_alone(engine: Any) -> None:
     assert status(engine).policy_version == policy_version
 
 
+def test_a_swap_takes_nothing_shared_off_its_device(
+    engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The policy's modules, and the rotary embedding that every model in this process uses."""
+    drafter, policy = drafter_of(engine), worker_of(engine).model_runner.get_model()
+    load, seen = drafter.load_weights, []
+
+    def watched(weights: Any) -> Any:
+        tensors = [*policy.parameters(), *policy.buffers()]
+        seen.append(sum(tensor.is_meta for tensor in tensors))
+        assert drafter.lm_head.weight.is_meta
+        return load(weights)
+
+    before = list(drafter.named_modules())
+    monkeypatch.setattr(drafter, "load_weights", watched)
+    assert "error" not in swap(engine, 2)
+    assert seen == [0]
+    assert dict(drafter.named_modules()) == dict(before)
+
+
 def test_a_swapped_in_drafter_drafts_as_one_loaded_at_the_start(
     engine: Any, policy: Path, registry: Registry
 ) -> None:

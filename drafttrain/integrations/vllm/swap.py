@@ -8,7 +8,6 @@ completeness nor can go back, hence the checks before and the restore after.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.config import set_current_vllm_config
+from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.reload.layerwise import (
     finalize_layerwise_reload,
@@ -141,10 +141,10 @@ class Swapper:
         config = self._speculative.draft_model_config
         with set_current_vllm_config(self._worker.vllm_config):
             try:
-                layerwise_load(drafter, new.tensors.items(), config)
+                layerwise_load(drafter, policy, new.tensors.items(), config)
             except Exception as error:
                 self._versions.drafter = DrafterVersion(None)  # should the restore fail as well
-                layerwise_load(drafter, self._old_weights(drafter, policy), config)
+                layerwise_load(drafter, policy, self._old_weights(drafter, policy), config)
                 self._versions.drafter = before
                 raise EngineError(f"{failure}: {error}; {before} is restored") from error
 
@@ -188,13 +188,18 @@ class Swapper:
         return DrafterVersion(None)
 
 
-def layerwise_load(model: Any, weights: Weights, model_config: Any) -> None:
+def layerwise_load(model: Any, policy: nn.Module, weights: Weights, model_config: Any) -> None:
     """Loads checkpoint tensors into a live module, into the storage it has.
 
-    Whatever ``weights`` leaves out keeps its value. When it fails the module is whole again, but
-    some layers are new and some old.
+    Args:
+        model: the drafter.
+        policy: its modules in the drafter are left alone.
+        weights: of all other modules that have any.
+        model_config: the drafter's.
+
+    Whatever is raised, the module is whole again, but some of its layers are new and some old.
     """
-    with torch.no_grad():
+    with torch.no_grad(), _without_shared(model, policy):
         initialize_layerwise_reload(model)
         try:
             model.load_weights(weights)
@@ -202,20 +207,30 @@ def layerwise_load(model: Any, weights: Weights, model_config: Any) -> None:
             _forget_half_loaded(model)
             raise
         finally:
-            with _quiet():
-                finalize_layerwise_reload(model, model_config)
+            finalize_layerwise_reload(model, model_config)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without vLLM's warnings about layers that were left out: rotary tables, shared embeddings."""
-    log = logging.getLogger(finalize_layerwise_reload.__module__)
-    level = log.level
-    log.setLevel(logging.ERROR)
+def _without_shared(model: nn.Module, policy: nn.Module) -> Iterator[None]:
+    """Takes out of the drafter what is not its own, so that a reload cannot reach it.
+
+    That is the policy's embedding and output head, and rotary embeddings, of which vLLM keeps one
+    for all models in a process that want the same: on ``meta``, another engine's step would fail.
+    """
+    shared = {id(module) for module in (*policy.modules(), *_ROPE_DICT.values())}
+    taken = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if id(child) in shared
+    ]
+    for parent, name, _ in taken:
+        parent._modules[name] = None
     try:
         yield
     finally:
-        log.setLevel(level)
+        for parent, name, child in taken:
+            parent._modules[name] = child
 
 
 def _forget_half_loaded(model: nn.Module) -> None:
