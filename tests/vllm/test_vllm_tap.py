@@ -220,6 +220,16 @@ def test_nothing_is_hooked_when_not_switched_on(plain_engine: Any) -> None:
     assert "additional_config" in reply["error"]
 
 
+def test_registering_again_changes_nothing(engine: Any) -> None:
+    from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
+
+    from drafttrain.integrations.vllm.plugin import register
+
+    before = dict(vars(WorkerWrapperBase)), dict(vars(WorkerBase))
+    register()
+    assert (dict(vars(WorkerWrapperBase)), dict(vars(WorkerBase))) == before
+
+
 def test_an_engine_without_speculation_gives_last_states(
     policy: Path, reference: Any, tmp_path: Path
 ) -> None:

@@ -1,18 +1,18 @@
 """vLLM: the plugin that lives in the engine, and the client that speaks to it.
 
-In the engine's processes (nothing here that trains):
+In the engine's processes (nothing here that trains)::
 
-    plugin      entry point; gives every worker its methods and switches an engine side on
-    settings    what ``additional_config["drafttrain"]`` may say
-    worker      the engine side of one worker: its versions, its tap, its swapper
-    tap         engine thread: what a step computed and sampled, handed on
-    assembler   background thread: steps become rollouts, rollouts become spool segments
-    head        the policy's embedding and output head, and how its hidden states are laid out
-    swap        a registry version into the running drafter, or the old one back
-    cpu_sampler a correction of vLLM's CPU fallback, without which sampling is wrong there
-    control     the two HTTP routes without a web framework, shared by routes and local
-    routes      ... in ``vllm serve``
-    local       ... for an in-process ``LLM``
+    plugin       entry point: worker methods, and the hooks that switch an engine side on
+    settings     what ``additional_config["drafttrain"]`` may say
+    worker       the engine side of one worker; owns what follows
+      versions     which policy and which drafter it runs
+      tap          the engine's thread: what a step computed and sampled, put on a queue (steps)
+      assembler    a thread: steps become rollouts (live), rollouts become segments (segments)
+      head         the policy's embedding and output head, and the layout of its hidden states
+      swap         a registry version into the running drafter, or the old one back (fit)
+    cpu_sampler  a correction of vLLM's CPU fallback, without which sampling is wrong there
 
-On both sides of the wire: ``messages``. Beside the engine: ``client``.
+In front of them, both carrying ``control``: ``routes`` in ``vllm serve``, ``local`` (with
+``turnstile``) for an in-process ``LLM``. Beside them, in any process: ``client``. ``messages`` is
+what the two sides say to each other.
 """

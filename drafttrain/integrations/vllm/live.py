@@ -16,7 +16,10 @@ Bytes = NDArray[np.uint8]
 
 
 class LiveRequest:
-    """Tokens, rows and counts of one request; T tokens so far.
+    """Tokens, rows and counts of one request.
+
+    ``drafter_version`` is the one it started under; ``one_drafter`` says whether only that one has
+    drafted for it.
 
     Also answers to what vLLM's ``check_stop`` asks of a request, so that a stop is judged here as
     the scheduler judges it: the worker is told of it only at the next step, and after the last

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from drafttrain.errors import SpoolError
+from drafttrain.errors import RolloutError, SpoolError
 from drafttrain.integrations.vllm.counters import Counters
 from drafttrain.integrations.vllm.settings import EngineSettings
 from drafttrain.rollouts.record import FeatureLayout, PolicyHead, Rollout
@@ -86,7 +86,7 @@ class Segments:
         """A spool that cannot be written costs rollouts, counted; the log says it once."""
         try:
             write()
-        except SpoolError as error:
+        except (SpoolError, RolloutError) as error:
             if not self._complained:
                 logger.error("drafttrain drops rollouts: %s", error)
             self._complained = True

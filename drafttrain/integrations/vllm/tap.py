@@ -14,6 +14,10 @@ instance, because vLLM shows hidden states during generation to nobody:
 
 They can go when vLLM offers plugins the hidden states of accepted tokens.
 
+A stop is judged from the tokens as soon as they are sampled. What only the front end decides (a
+stop string, an abort) reaches a worker with the next step: an engine process takes an empty one at
+once, an in-process ``LLM`` when it is served by ``local``, and otherwise at the next ``generate``.
+
 Everything is tested on CPU only: the copy path for CUDA (side stream, pinned memory, an event that
 the thread waits for) and the asynchronous scheduling that goes with it have not been run.
 """
