@@ -32,7 +32,7 @@ class TrainingConfig(Section):
     depth_decay: float = Field(1.0, gt=0, le=1)
     """Weight of depth j is ``depth_decay ** j``."""
     learning_rate: float = Field(1e-3, gt=0)
-    average_decay: float = Field(0.9, ge=0, lt=1)
+    average_decay: float = Field(0.95, ge=0, lt=1)
     """The sidecar publishes a moving average of the weights; this much of it stays at each step."""
     warmup_steps: int = Field(20, ge=0)
     weight_decay: float = Field(0.0, ge=0)

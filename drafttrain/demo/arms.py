@@ -14,6 +14,11 @@ from vllm import LLM, SamplingParams
 from drafttrain.integrations.vllm.local import serve_engine
 
 
+# Room for every request at its longest many times over; asking vLLM to fill the memory it may have
+# would cost each engine some seconds and a gigabyte.
+KV_BLOCKS = 200
+
+
 @dataclass(frozen=True)
 class RolloutReport:
     """One batch of rollouts.
@@ -82,6 +87,7 @@ class Arm:
             max_model_len=max_model_len,
             max_num_seqs=batch,
             seed=seed,
+            num_gpu_blocks_override=KV_BLOCKS,
             speculative_config=speculation,
             additional_config={"drafttrain": {"engine": name, **(drafttrain or {})}},
             disable_log_stats=True,

@@ -20,16 +20,16 @@ def greedy_identical(plain: Arm, speculating: Arm, prompts: Sequence[list[int]],
 
 
 def sampled_p_value(
-    plain: Arm, speculating: Arm, prompt: list[int], eos: int, samples: int = 2000
+    plain: Arm, speculating: Arm, prompt: list[int], eos: int, samples: int = 1000
 ) -> float:
-    """Two-sample chi-square test of short sampled continuations of one prompt.
+    """Two-sample chi-square test of sampled continuations of one prompt, 12 tokens each.
 
-    The first token comes from the prefill, without drafts, so outcomes are the three after it.
+    The first token comes from the prefill, without drafts, and is left out of the outcome.
     """
     counts = [
         Counter(
-            tuple(completion[1:4])
-            for completion in arm.rollout([prompt] * samples, 4, eos).completions
+            tuple(completion[1:])
+            for completion in arm.rollout([prompt] * samples, 12, eos).completions
         )
         for arm in (plain, speculating)
     ]

@@ -43,7 +43,7 @@ class Replay:
         seed: int = 0,
         max_staleness: int | None = None,
         evict: bool = False,
-        freshness: float = 0.7,
+        freshness: float = 0.9,
     ) -> None:
         """Open a spool; nothing is read before :meth:`refresh`.
 
