@@ -13,7 +13,6 @@ from vllm import LLM, SamplingParams
 
 from drafttrain.integrations.vllm.local import serve_engine
 
-
 # Room for every request at its longest many times over; asking vLLM to fill the memory it may have
 # would cost each engine some seconds and a gigabyte.
 KV_BLOCKS = 200
