@@ -43,6 +43,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}; expected at least 1")
+    return value
+
+
 def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     command.set_defaults(run=run)
@@ -52,7 +59,7 @@ def _command(commands: Any, name: str, run: Any, text: str) -> argparse.Argument
 def _add_demo(commands: Any) -> None:
     demo = _command(commands, "demo", _demo, "the whole loop on a small policy and a real engine")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the results")
-    demo.add_argument("--rl-steps", type=int, default=None, help="number of RL steps")
+    demo.add_argument("--rl-steps", type=_positive, default=None, help="number of RL steps")
     demo.add_argument("--seed", type=int, default=0)
     report = _command(commands, "report", _report, "table and plot of a finished run")
     report.add_argument("run", type=Path, metavar="RUN_DIR")
@@ -70,15 +77,15 @@ def _add_training(commands: Any) -> None:
     pretrain.add_argument("--rollouts", type=Path, required=True, help="a spool")
     pretrain.add_argument("--drafter", type=Path, required=True, help="folder to start from")
     pretrain.add_argument("--registry", type=Path, required=True, help="where to publish it")
-    pretrain.add_argument("--steps", type=int, default=400, help="optimizer steps")
-    pretrain.add_argument("--k", type=int, default=3, help="draft tokens")
+    pretrain.add_argument("--steps", type=_positive, default=400, help="optimizer steps")
+    pretrain.add_argument("--k", type=_positive, default=3, help="draft tokens")
     pretrain.add_argument("--json", action="store_true")
 
     evaluate = _command(commands, "eval", _eval, "acceptance of a drafter on recorded rollouts")
     evaluate.add_argument("--target", type=Path, required=True, help="the policy's folder")
     evaluate.add_argument("--drafter", type=Path, required=True)
     evaluate.add_argument("--rollouts", type=Path, required=True, help="a spool")
-    evaluate.add_argument("--k", type=int, default=3, help="draft tokens")
+    evaluate.add_argument("--k", type=_positive, default=3, help="draft tokens")
     evaluate.add_argument(
         "--draft-sample-method", choices=["greedy", "probabilistic"], default="probabilistic"
     )
@@ -147,16 +154,29 @@ def _init(options: argparse.Namespace) -> None:
 
 
 def _pretrain(options: argparse.Namespace) -> None:
-    from drafttrain.pretrain import pretrain_from_folders
+    from rich.progress import Progress, TextColumn
 
-    manifest = pretrain_from_folders(
-        target=options.target,
-        rollouts=options.rollouts,
-        drafter=options.drafter,
-        registry=options.registry,
-        steps=options.steps,
-        k=options.k,
-    )
+    from drafttrain.pretrain import pretrain_from_folders
+    from drafttrain.training.trainer import StepReport
+
+    columns = (*Progress.get_default_columns(), TextColumn("{task.fields[said]}"))
+    with Progress(*columns, disable=options.json) as progress:
+        bar = progress.add_task("training", total=options.steps, said="")
+
+        def show(report: StepReport) -> None:
+            rates = " ".join(f"{rate:.2f}" for rate in report.acceptance)
+            said = f"loss {report.loss:.3f}  accepted by position {rates}"
+            progress.update(bar, advance=1, said=said)
+
+        manifest = pretrain_from_folders(
+            target=options.target,
+            rollouts=options.rollouts,
+            drafter=options.drafter,
+            registry=options.registry,
+            steps=options.steps,
+            k=options.k,
+            on_step=show,
+        )
     acceptance = manifest.acceptance
     assert acceptance is not None
     _print_result(
@@ -194,6 +214,8 @@ def _eval(options: argparse.Namespace) -> None:
 
 
 def _sidecar(options: argparse.Namespace) -> None:
+    import logging
+
     from drafttrain.config import load_config
 
     config = load_config(options.config)
@@ -202,6 +224,8 @@ def _sidecar(options: argparse.Namespace) -> None:
     from drafttrain.integrations.vllm.control import read_token
     from drafttrain.sidecar import Sidecar, run_until_signal
 
+    logging.basicConfig(format="%(asctime)s  %(message)s", level=logging.WARNING)
+    logging.getLogger("drafttrain").setLevel(logging.INFO)
     token = read_token(config.token_file)
     engines = [EngineClient(url, token) for url in config.engines]
     run_until_signal(Sidecar(config, engines))

@@ -80,6 +80,8 @@ class SidecarConfig(Section):
     spool: Path
     registry: Path
     registry_name: str = "drafter"
+    keep_versions: int = Field(100, ge=2)
+    """Versions kept in the registry; older ones that no pointer names are removed."""
     state: Path
     """Where trainer state and the event log are kept; a restart continues from here."""
     drafter: Path | None = None

@@ -181,6 +181,7 @@ class Sidecar:
             dtype=getattr(torch, self.config.training.export_dtype),
         )
         self._serve(manifest.version)
+        self.registry.prune(self.config.keep_versions)
         self.events.append(
             "published",
             version=manifest.version,
@@ -244,6 +245,8 @@ class Sidecar:
 
 def run_until_signal(sidecar: Sidecar) -> None:
     """Run until SIGINT or SIGTERM; the step under way is finished and the state saved."""
+    if sidecar.config.threads is not None:
+        torch.set_num_threads(sidecar.config.threads)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sidecar.stop.set())
     sidecar.run()

@@ -1,12 +1,15 @@
-"""What happened, as events: one JSON object a line, appended, read back by reports and plots."""
+"""What happened, as events: one JSON object a line for reports and plots, and a log line each."""
 
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+_log = logging.getLogger(__name__)
 
 
 class EventLog:
@@ -22,6 +25,7 @@ class EventLog:
         # One write of a short line in append mode: a reader or a kill never leaves two mixed.
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
+        _log.info("%s  %s", event, "  ".join(f"{k} {_short(v)}" for k, v in fields.items()))
         return record
 
     def read(self) -> Iterator[dict[str, Any]]:
@@ -31,3 +35,11 @@ class EventLog:
         for line in self.path.read_text().splitlines(keepends=True):
             if line.endswith("\n"):
                 yield json.loads(line)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_short, value)) + "]"
+    return str(value)

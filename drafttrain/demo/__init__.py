@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import os
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
+
+from drafttrain.errors import DrafttrainError
 
 # Read when torch and vLLM are first imported, so before any import that brings them.
 ENVIRONMENT = {
@@ -30,6 +33,8 @@ def run_demo(out: Path, rl_steps: int | None, seed: int) -> None:
     Raises:
         DrafttrainError: something it needs is missing, such as vLLM.
     """
+    if find_spec("vllm") is None:
+        raise DrafttrainError("vLLM is not installed; the README says how to install it")
     os.environ.update(ENVIRONMENT)
     warnings.filterwarnings("ignore", category=FutureWarning)  # vLLM's, at every import
     from drafttrain.demo.run import Demo

@@ -166,3 +166,13 @@ def _label(arm: str) -> str:
         "frozen": "drafter frozen at step 0",
         "sidecar": "drafter kept by the sidecar",
     }[arm]
+
+
+def step_at(moment: float, steps: list[dict[str, Any]]) -> float:
+    """The RL step, with its fraction, that a moment in time fell into."""
+    starts: list[float] = [step["time"] for step in steps]
+    for index, start in enumerate(starts):
+        end = starts[index + 1] if index + 1 < len(starts) else float("inf")
+        if start <= moment < end:
+            return index + min((moment - start) / (end - start), 1.0)
+    return 0.0

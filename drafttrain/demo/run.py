@@ -7,12 +7,8 @@ spool, the registry, and the engine's control routes.
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
@@ -32,11 +27,17 @@ from drafttrain.demo import checks
 from drafttrain.demo.arms import Arm, RolloutReport
 from drafttrain.demo.grpo import Grpo, GrpoConfig, ScoredRollout
 from drafttrain.demo.policy import Recipe, load_policy, train_policy
-from drafttrain.demo.report import print_report, write_report
+from drafttrain.demo.processes import (
+    CORES,
+    ENGINE_CORES,
+    SIDECAR_CORES,
+    sidecar_process,
+    use_cores,
+)
+from drafttrain.demo.report import print_report, step_at, write_report
 from drafttrain.demo.task import Problem, Task
 from drafttrain.drafters import Drafter, Eagle3Drafter, PolicyShape, load_drafter
 from drafttrain.drafters.policy import read_policy_head
-from drafttrain.errors import DrafttrainError
 from drafttrain.pretrain import pretrain
 from drafttrain.publishing import as_manifest_entry, publish_drafter, publish_folder
 from drafttrain.rollouts.replay import Replay
@@ -55,10 +56,6 @@ FIRST_ROLLOUTS, FIRST_STEPS = 320, 300
 CONVERGED_ROLLOUTS, CONVERGED_STEPS = 256, 300
 TRAINING = TrainingConfig(draft_tokens=DRAFT_TOKENS, learning_rate=8e-3, tokens_per_step=1024)
 METHOD: DraftSampleMethod = "probabilistic"
-
-CORES = sorted(os.sched_getaffinity(0))
-ENGINE_CORES = CORES[: (len(CORES) + 1) // 2]
-SIDECAR_CORES = CORES[len(ENGINE_CORES) :] or CORES
 
 
 class Demo:
@@ -98,7 +95,8 @@ class Demo:
         ]
         self.grpo = Grpo(load_policy(self.policy), GrpoConfig(steps=self.rl_steps))
         steps = []
-        with self._sidecar_process(self.sidecar_arm.server.url):
+        config = self._sidecar_config(self.sidecar_arm.server.url)
+        with sidecar_process(self.out / "sidecar.yaml", config):
             for step in range(self.rl_steps):
                 steps.append(self._rl_step(step))
         write_report(self.out, {"steps": steps, "totals": self._totals(steps)})
@@ -306,21 +304,6 @@ class Demo:
     def _repeat(problems: list[Problem]) -> list[list[int]]:
         return [problem.prompt_ids for problem in problems for _ in range(GROUP)]
 
-    @contextmanager
-    def _sidecar_process(self, engine: str) -> Iterator[None]:
-        """The sidecar as a user runs it; stopped with SIGTERM at the end."""
-        config = self.out / "sidecar.yaml"
-        config.write_text(yaml.safe_dump(self._sidecar_config(engine), sort_keys=False))
-        process = subprocess.Popen([sys.executable, "-m", "drafttrain", "sidecar", str(config)])
-        pin(process.pid, SIDECAR_CORES)
-        try:
-            yield
-            if process.poll() is not None:
-                raise DrafttrainError(f"the sidecar ended early, status {process.returncode}")
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait()
-
     def _sidecar_config(self, engine: str) -> dict[str, Any]:
         return {
             "target": str(self.policy),
@@ -355,24 +338,3 @@ class Demo:
             f"v{row['drafter_version']})",
             highlight=False,
         )
-
-
-def step_at(moment: float, steps: list[dict[str, Any]]) -> float:
-    """The RL step, with its fraction, that a moment in time fell into."""
-    starts: list[float] = [step["time"] for step in steps]
-    for index, start in enumerate(starts):
-        end = starts[index + 1] if index + 1 < len(starts) else float("inf")
-        if start <= moment < end:
-            return index + min((moment - start) / (end - start), 1.0)
-    return 0.0
-
-
-def use_cores(cores: list[int]) -> None:
-    """Keep this process, torch's threads included, on `cores`."""
-    pin(0, cores)
-    torch.set_num_threads(len(cores))
-
-
-def pin(process: int, cores: list[int]) -> None:
-    """Keep a process on `cores`."""
-    os.sched_setaffinity(process, cores)
