@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import making
@@ -10,7 +11,7 @@ import torch
 
 from drafttrain.config import TrainingConfig
 from drafttrain.control.acceptance import estimate_acceptance
-from drafttrain.errors import CheckpointError
+from drafttrain.errors import CheckpointError, RolloutError
 from drafttrain.training.trainer import Trainer
 
 POLICY = making.policy_shape()
@@ -68,8 +69,14 @@ def test_non_finite_gradients_stop_the_training() -> None:
     broken = making.rollouts(POLICY, 2)
     assert broken[0].aux_hidden is not None
     broken[0].aux_hidden[4] = float("nan")
-    with pytest.raises(RuntimeError, match="non-finite"):
+    with pytest.raises(RolloutError, match="not finite"):
         Trainer(making.drafter(POLICY), CONFIG).step(broken, LAYOUT, heads(0))
+
+
+def test_rollouts_with_other_aux_layers_are_refused() -> None:
+    layout = dataclasses.replace(LAYOUT, layer_ids=(1, 2, 4))
+    with pytest.raises(RolloutError, match=r"\[1, 2, 4\]"):
+        Trainer(making.drafter(POLICY), CONFIG).step(making.rollouts(POLICY, 2), layout, heads(0))
 
 
 def test_state_of_another_drafter_is_refused(tmp_path: Path) -> None:

@@ -113,8 +113,10 @@ def estimate_acceptance(
         method: how the engine drafts.
 
     Raises:
+        RolloutError: their aux layers are not the drafter's.
         ValueError: no rollout can be replayed.
     """
+    drafter.check_layout(layout)
     rollouts = [rollout for rollout in rollouts if usable(rollout, k)]
     if not rollouts:
         raise ValueError("no rollout is complete enough to be replayed")

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from drafttrain.checkpoints.manifest import Kind
 from drafttrain.drafters.batch import Batch
 from drafttrain.drafters.policy import PolicyShape
+from drafttrain.errors import RolloutError
+from drafttrain.rollouts.record import FeatureLayout
 
 
 class Drafter(nn.Module, ABC):
@@ -75,6 +77,16 @@ class Drafter(nn.Module, ABC):
     @abstractmethod
     def export(self, folder: Path, dtype: torch.dtype) -> None:
         """Write ``config.json`` and ``model.safetensors`` as the engine loads them."""
+
+    def check_layout(self, layout: FeatureLayout) -> None:
+        """Refuse rollouts whose aux layers are not those this drafter reads.
+
+        Raises:
+            RolloutError: names both.
+        """
+        if self.layer_ids and layout.layer_ids != self.layer_ids:
+            problem = f"captured {list(layout.layer_ids)}, the drafter reads {list(self.layer_ids)}"
+            raise RolloutError("rollouts", "layer_ids", problem)
 
     def adopt_head(self, lm_head: Tensor, final_norm: Tensor | None) -> None:
         """Start a new drafter's output from the policy's head; called once, before training."""

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from drafttrain.config import TrainingConfig
 from drafttrain.drafters.batch import length_buckets, make_batch
 from drafttrain.drafters.contract import Drafter
-from drafttrain.errors import CheckpointError
+from drafttrain.errors import CheckpointError, RolloutError
 from drafttrain.rollouts.record import FeatureLayout, PolicyHead, Rollout
 from drafttrain.training.losses import draft_loss
 
@@ -88,7 +88,11 @@ class Trainer:
 
         Rollouts of one policy version and similar length go through the drafter together;
         gradients add up over these parts, weighted by their rows.
+
+        Raises:
+            RolloutError: their aux layers are not the drafter's, or NaN or infinity came of them.
         """
+        self.drafter.check_layout(layout)
         self._set_learning_rate()
         self.optimizer.zero_grad(set_to_none=True)
         loss, acceptance, rows = 0.0, torch.zeros(self.config.draft_tokens), 0
@@ -105,9 +109,12 @@ class Trainer:
         for parameter in self.drafter.parameters():
             if parameter.grad is not None:
                 parameter.grad /= rows
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.drafter.parameters(), self.config.gradient_clip, error_if_nonfinite=True
-        )
+        norm = torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), self.config.gradient_clip)
+        if not torch.isfinite(norm):
+            names = ", ".join(rollout.rollout_id for rollout in rollouts[:5])
+            raise RolloutError(
+                "rollouts", f"one of {names} …", "gives gradients that are not finite"
+            )
         self.optimizer.step()
         self._averaged.update_parameters(self.drafter)
         self.step_count += 1
