@@ -103,13 +103,15 @@ def test_fresh_policy_versions_are_drawn_more_often(tmp_path: Path) -> None:
     assert all(abs(count - 1000) < 160 for count in drawn.values())
 
 
-def test_very_old_versions_can_still_be_drawn(tmp_path: Path) -> None:
-    writer = SpoolWriter(tmp_path, "engine-0")
-    for version in (0, 10**7):
-        writer.write_head(make_head(version))
-        writer.write([make_rollout(version, policy_version=version)], LAYOUT)
-    replay = opened(tmp_path, holdout_fraction=0.0)
-    assert len(replay.sample(generator(), 100)) == 2
+def test_a_sample_is_of_one_policy_version(tmp_path: Path) -> None:
+    fill(tmp_path, [0, 1, 10**7])  # however old: no weight underflows
+    replay = opened(tmp_path, holdout_fraction=0.0, freshness=1.0)
+    source = generator()
+    samples = [replay.sample(source, 1000) for _ in range(60)]
+    versions = [{rollout.policy_version for rollout in sample} for sample in samples]
+    assert all(len(found) == 1 for found in versions)
+    assert set.union(*versions) == {0, 1, 10**7}
+    assert all(len(sample) > 1 for sample in samples)
 
 
 def test_stale_rollouts_are_not_trained_on(tmp_path: Path) -> None:

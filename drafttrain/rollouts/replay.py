@@ -96,7 +96,10 @@ class Replay:
         return sum(len(segment.rollouts) for segment in new if segment is not None)
 
     def sample(self, generator: torch.Generator, token_budget: int) -> list[Rollout]:
-        """Draw training rollouts, fresh policy versions first, each at most once.
+        """Draw training rollouts of one policy version, fresh versions first, each at most once.
+
+        One version, because its rollouts share a policy head: a step on several would fall apart
+        into as many small batches. Over many steps the versions mix.
 
         Args:
             generator: on the CPU; decides the draw.
@@ -112,6 +115,7 @@ class Replay:
         # The order of weighted draws without replacement, in logarithms: no weight underflows.
         noise = torch.empty_like(log_weights).exponential_(generator=generator)
         order = (log_weights - noise.log()).argsort(descending=True)
+        order = order[versions[order] == versions[order[0]]]
         drawn: list[Rollout] = []
         for index in order.tolist():
             token_budget -= self.training[index].length
