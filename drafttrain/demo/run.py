@@ -146,7 +146,7 @@ class Demo:
         self, title: str, start: int, steps: int, *, newest_policy_only: bool = False
     ) -> int:
         """Train from registry version `start` on the spool; returns the new version."""
-        use_cores(CORES)
+        use_cores(ENGINE_CORES)  # at this size a second thread costs more than it brings
         drafter: Drafter = load_drafter(
             self.registry.folder(start), PolicyShape.from_folder(self.policy)
         )
