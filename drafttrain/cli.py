@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        options.handler(options)
     except DrafttrainError as error:
         print(f"drafttrain: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
@@ -52,7 +52,7 @@ def _positive(text: str) -> int:
 
 def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    command.set_defaults(run=run)
+    command.set_defaults(handler=run)
     return command
 
 

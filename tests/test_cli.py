@@ -114,6 +114,10 @@ def test_a_spool_that_is_none(folder: Path, tmp_path: Path) -> None:
     assert "nothing" in line
 
 
+def test_a_run_without_a_summary(tmp_path: Path) -> None:
+    assert "summary.json" in refused("report", tmp_path)
+
+
 def test_wrong_usage_has_status_2() -> None:
     assert call("swap").returncode == 2
     assert call("fly").returncode == 2

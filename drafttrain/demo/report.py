@@ -99,7 +99,7 @@ def totals_table(summary: dict[str, Any]) -> Table:
         "acceptance length at the end": (
             f"sidecar {last['sidecar']['acceptance_length']:.2f}, "
             f"frozen {last['frozen']['acceptance_length']:.2f}, "
-            f"converged {totals['converged_acceptance_length']:.2f}"
+            f"trained on {totals['converged_acceptance_length']:.2f}"
         ),
         "policy drift": (
             f"KL to the start {drift['kl_to_start']:.2f} nats a token, "
@@ -140,8 +140,10 @@ def plot(summary: dict[str, Any], path: Path) -> None:
     converged = summary["totals"]["converged_acceptance_length"]
     top.axhline(converged, color="tab:green", linestyle="--", linewidth=1)
     top.annotate(
-        "trained to convergence on the final policy",
-        (0, converged),
+        "trained on, on the final policy's rollouts alone",
+        (1.0, converged),
+        xycoords=("axes fraction", "data"),
+        ha="right",
         va="bottom",
         fontsize=8,
         color="tab:green",
