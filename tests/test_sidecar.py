@@ -98,6 +98,8 @@ def test_it_continues_after_kills_at_any_moment(folder: Path) -> None:
         started = len(events(folder, "started"))
         process = start(folder)
         wait_for(folder, "started", started + 1)
+        if round_ == 0:
+            wait_for(folder, "trained", 2)  # one round of training is saved for certain
         time.sleep(rng.uniform(0.0, 1.5))
         process.kill()
         process.wait()
@@ -105,7 +107,8 @@ def test_it_continues_after_kills_at_any_moment(folder: Path) -> None:
         registry = Registry.open(folder / "registry")
         for version in registry.versions():
             verify(registry.folder(version))
-        assert registry.latest() == registry.versions()[-1]
+        # A kill between a version's appearance and the move of `latest` leaves it one behind.
+        assert registry.latest() in registry.versions()[-2:]
     process = start(folder)
     wait_for(folder, "started", 5)
     trained = len(events(folder, "trained"))

@@ -125,6 +125,10 @@ def sidecar(loop: Loop) -> Iterator[EventLog]:
         assert process.wait(60) == 0
 
 
+def swapped_versions(events: EventLog) -> list[int]:
+    return [event["version"] for event in events.read() if event["event"] == "swapped"]
+
+
 def test_the_sidecar_swaps_while_the_engine_generates(
     loop: Loop, sidecar: EventLog, plain_engine: Any
 ) -> None:
@@ -133,12 +137,15 @@ def test_the_sidecar_swaps_while_the_engine_generates(
     expected = generate(plain_engine, batch, greedy(60))
     deadline = time.monotonic() + 120
     salt = 1000
-    while not [e for e in sidecar.read() if e["event"] == "swapped" and e["version"] > 1]:
+    while max(swapped := swapped_versions(sidecar), default=0) <= 1:
         assert time.monotonic() < deadline, list(sidecar.read())
         loop.rollouts(16, salt)
         assert generate(loop.engine, batch, greedy(60)) == expected
         salt += 1
-    assert status(loop.engine).drafter_version == loop.registry.latest()
+    # It goes on: a newer version may have been swapped in since.
+    serving = status(loop.engine).drafter_version
+    assert serving is not None
+    assert max(swapped) <= serving <= loop.registry.versions()[-1]
     assert generate(loop.engine, batch, greedy(60)) == expected
 
 
