@@ -226,6 +226,8 @@ class Demo:
             [self.task.sample_problem(self.rng) for _ in range(MEASURED_PROMPTS)]
         )
         none, _, sidecar = self.arms
+        # The checks' short continuations are no rollouts: nothing is to be trained on them.
+        sidecar.capture(False)
         greedy = checks.greedy_identical(none, sidecar, prompts[::GROUP] * 4, self.task.eos_id)
         p_value = checks.sampled_p_value(none, sidecar, prompts[0], self.task.eos_id)
         overhead = checks.tap_overhead(sidecar, prompts[:BATCH], MAX_TOKENS, self.task.eos_id)
