@@ -132,7 +132,8 @@ class _UnrolledLayer:
         attended = attend(query, self.keys, self.values, self.plan)
         residual = torch.addmm(residual, attended.flatten(1), self.o_weight)
         gate_up = F.linear(unit_rms(residual, self.eps), self.gate_up_weight)
-        return torch.addmm(residual, swiglu(gate_up), self.down_weight)
+        written: Tensor = torch.addmm(residual, swiglu(gate_up), self.down_weight)
+        return written
 
     def _split(self, qkv: Tensor, rotation: Rotation) -> Tensor:
         """Keep this depth's keys and values; return its queries, [N, heads, d]."""
