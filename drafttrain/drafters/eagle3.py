@@ -140,6 +140,7 @@ class _UnrolledLayer:
         attention = self.layer.self_attn
         heads, kv_heads = attention.heads, attention.kv_heads
         by_head = qkv.view(-1, heads + 2 * kv_heads, attention.head_dim)
+        query: Tensor
         query, key = rotate(by_head[:, : heads + kv_heads], *rotation).split([heads, kv_heads], 1)
         value = by_head[:, heads + kv_heads :]
         if heads != kv_heads:

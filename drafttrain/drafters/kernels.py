@@ -57,7 +57,7 @@ class _UnitRms(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         scale = (norm.square_().div_(x.shape[-1]).add_(eps)).rsqrt_().to(x.dtype)
-        normed = x * scale
+        normed: Tensor = x * scale
         ctx.save_for_backward(normed, scale)
         return normed
 
