@@ -90,9 +90,7 @@ def make_workload(cell: Cell, precision: Precision, seed: int = 0) -> Workload:
         return Rollout(
             rollout_id=str(index),
             group=str(index),
-            tokens=torch.randint(
-                cell.vocab, (length,), generator=generator, dtype=torch.int32
-            ),
+            tokens=torch.randint(cell.vocab, (length,), generator=generator, dtype=torch.int32),
             prompt_length=1,
             captured=captured,
             last_hidden=normal(length, cell.hidden),

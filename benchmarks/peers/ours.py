@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from benchmarks.peers import Contender, Variant
 from benchmarks.workload import LAYER_IDS, Workload
 from drafttrain.config import TrainingConfig
@@ -13,12 +11,12 @@ from drafttrain.training.trainer import Trainer
 
 
 class Drafttrain(Contender):
-    variants: ClassVar = (Variant("float32"),)
-
     def __init__(self, workload: Workload, variant: Variant) -> None:
         drafter = Eagle3Drafter.initialise(PolicyShape(workload.config), layer_ids=LAYER_IDS)
         cell = workload.cell
-        config = TrainingConfig(draft_tokens=cell.ttt, tokens_per_step=cell.tokens)
+        config = TrainingConfig(
+            draft_tokens=cell.ttt, tokens_per_step=cell.tokens, precision=variant.precision
+        )
         self.workload = workload
         self.trainer = Trainer(drafter, config)
 

@@ -1,13 +1,13 @@
 """SpecForge 0.2: padded batches, its Eagle3 strategy, its optimizer with float32 masters.
 
 Its defaults need a GPU: flex attention has no backward on CPU and the Triton loss has no driver.
-So its ``sdpa`` backend and its reference loss (``specforge/core/loss.py:_compute_loss``) are used.
+So its ``sdpa`` backend and its reference loss (``specforge/core/loss.py:_compute_loss``) are used;
+its ``torch.compile`` decorators stay on.
 """
 
 from __future__ import annotations
 
 import tempfile
-from typing import ClassVar
 
 import specforge.algorithms.eagle3.model as eagle3_model
 import torch
@@ -19,12 +19,14 @@ from specforge.modeling.target.target_head import TargetHead
 from specforge.optimizer import BF16Optimizer
 from specforge.runtime.contracts import TrainBatch
 from specforge.training.strategies.base import Eagle3TrainStrategy
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig
 
 from benchmarks.peers import Contender, Variant
 from benchmarks.workload import Workload
 from drafttrain.rollouts.record import PolicyHead, Rollout
+
+ATTENTION = "sdpa"
 
 
 class _ReferenceLoss:
@@ -34,19 +36,12 @@ class _ReferenceLoss:
 
 
 class SpecForge(Contender):
-    variants: ClassVar = tuple(
-        Variant(precision, "sdpa", compiled)
-        for precision in ("bfloat16", "float32")
-        for compiled in (True, False)
-    )
-
     def __init__(self, workload: Workload, variant: Variant) -> None:
         eagle3_model.LogSoftmaxLoss = _ReferenceLoss
-        torch._dynamo.config.disable = not variant.compiled
         dtype = getattr(torch, variant.precision)
-        draft = _draft_model(workload, variant).to(dtype)
+        draft = _draft_model(workload).to(dtype)
         model = eagle3_model.OnlineEagle3Model(
-            draft, length=workload.cell.ttt, attention_backend=variant.attention
+            draft, length=workload.cell.ttt, attention_backend=ATTENTION
         )
         self.strategy = Eagle3TrainStrategy(
             model, target_head=_target_head(workload.config, workload.head).to(dtype)
@@ -68,20 +63,20 @@ class SpecForge(Contender):
         self.optimizer.step()
 
 
-def _draft_model(workload: Workload, variant: Variant) -> nn.Module:
+def _draft_model(workload: Workload) -> LlamaForCausalLMEagle3:
     config = workload.config.to_dict() | {
         "architectures": ["LlamaForCausalLMEagle3"],
         "num_hidden_layers": 1,
         "draft_vocab_size": workload.cell.vocab,
     }
-    draft = LlamaForCausalLMEagle3(LlamaConfig(**config), attention_backend=variant.attention)
+    draft = LlamaForCausalLMEagle3(LlamaConfig(**config), attention_backend=ATTENTION)
     with torch.no_grad():
         draft.embed_tokens.weight.copy_(workload.head.embed_tokens)
     draft.freeze_embedding()
     return draft
 
 
-def _target_head(config: LlamaConfig, head: PolicyHead) -> nn.Module:
+def _target_head(config: LlamaConfig, head: PolicyHead) -> TargetHead:
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)  # it reads its sizes from a folder
         target_head = TargetHead(folder)
