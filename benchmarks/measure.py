@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.peers import FLOOR, OURS, PRECISIONS, Variant
 from benchmarks.worker import TooLarge, Worker
 from benchmarks.workload import Cell, Precision
 
 LONG_STEP = 90.0
-"""Seconds after which a first step is not repeated: it is the measurement."""
-BUDGET = 12.0
-"""Seconds of repetitions for one contender in one cell; one at least."""
+"""Seconds from which on the first step is the measurement."""
+BUDGET = 10.0
+"""Seconds after which a contender's repetitions in a cell end; one at least."""
 MOST_REPETITIONS = 15
 
 
@@ -36,17 +37,19 @@ class Result:
 
 def faster_precisions(names: Iterable[str], pilot: Cell) -> dict[str, Precision]:
     """The precision in which each contender takes the shorter step of `pilot`; the floor: ours."""
-    chosen = {name: _faster_precision(name, pilot) for name in names if name != FLOOR}
-    return {FLOOR: chosen[OURS]} | chosen
-
-
-def _faster_precision(name: str, pilot: Cell) -> Precision:
-    seconds: dict[Precision, float] = {}
-    for precision in PRECISIONS:
-        with closing(Worker(name, pilot, Variant(precision))) as worker:
+    chosen: dict[str, Precision] = {}
+    fastest: dict[str, float] = {}
+    variants = [(name, precision) for name in names for precision in PRECISIONS]
+    with ExitStack() as stack:
+        workers = [Worker(name, pilot, Variant(precision)) for name, precision in variants]
+        for worker in workers:
+            stack.enter_context(closing(worker.wait()))
+        for worker, (name, precision) in zip(workers, variants, strict=True):
             worker.step()
-            seconds[precision] = min(worker.step().seconds for _ in range(2))
-    return min(PRECISIONS, key=lambda precision: seconds[precision])
+            seconds = min(worker.step().seconds for _ in range(2))
+            if seconds < fastest.get(name, math.inf):
+                fastest[name], chosen[name] = seconds, precision
+    return {FLOOR: chosen[OURS]} | chosen
 
 
 def measure(cell: Cell, precisions: dict[str, Precision]) -> dict[str, Result]:
@@ -56,7 +59,10 @@ def measure(cell: Cell, precisions: dict[str, Precision]) -> dict[str, Result]:
     left out when a single rollout is too much.
     """
     with ExitStack() as stack:
-        started = [_start(stack, name, cell, precisions[name]) for name in precisions]
+        workers = [Worker(name, cell, Variant(precisions[name])) for name in precisions]
+        for worker in workers:
+            worker.wait()
+        started = [_start(stack, worker, cell) for worker in workers]
         runs = [run for run in started if run is not None]
         for _ in range(MOST_REPETITIONS - 1):
             for run in runs:
@@ -74,8 +80,8 @@ class _Run:
     repeatable: bool
 
     def repeat(self) -> None:
-        """One more step, as long as the budget lasts."""
-        if self.repeatable and sum(self.seconds) + self.seconds[0] < BUDGET:
+        """One more step, while the budget lasts."""
+        if self.repeatable and sum(self.seconds) < BUDGET:
             self.seconds.append(self.worker.step().seconds)
 
     def result(self) -> Result:
@@ -84,21 +90,20 @@ class _Run:
         return Result(settings, median, self.peak_bytes, len(self.seconds))
 
 
-def _start(stack: ExitStack, name: str, cell: Cell, precision: Precision) -> _Run | None:
-    micro_batches = 1
-    while micro_batches <= cell.rollouts:
-        worker = Worker(name, cell, Variant(precision, micro_batches))
+def _start(stack: ExitStack, worker: Worker, cell: Cell) -> _Run | None:
+    """Warm up and measure memory, in more micro-batches until a step fits."""
+    while True:
         try:
             first = worker.step(memory=True)
-            if first.seconds > LONG_STEP:
-                run = _Run(worker, first.peak_bytes, [first.seconds], repeatable=False)
-            else:
-                second = worker.step(memory=True)
-                run = _Run(worker, second.peak_bytes, [second.seconds], repeatable=True)
+            repeatable = first.seconds < LONG_STEP
+            counted = worker.step(memory=True) if repeatable else first
         except TooLarge:
             worker.close()
-            micro_batches *= 2
+            micro_batches = 2 * worker.variant.micro_batches
+            if micro_batches > cell.rollouts:
+                return None
+            variant = replace(worker.variant, micro_batches=micro_batches)
+            worker = Worker(worker.name, cell, variant).wait()
         else:
             stack.callback(worker.close)
-            return run
-    return None
+            return _Run(worker, counted.peak_bytes, [counted.seconds], repeatable)

@@ -5,10 +5,9 @@
 A step is whole: batch making, forward with training-time test, loss, backward, gradient clipping
 and optimizer, for everyone on the same random rollouts, with the same one-layer Llama drafter over
 the full vocabulary. Each contender packs, masks and weighs as its own recipe does, in the faster of
-its precisions, tried at 2,048 tokens and three depths for each model size and rollout length. All
-but the first token of a rollout is drafted: prompts, which drafttrain leaves out, are not part of
-it. Beside it stands the floor, the matrix products of drafttrain's step alone
-(``benchmarks/floor.py``).
+its precisions, tried on the smallest step of each model size. All but the first token of a rollout
+is drafted: prompts, which drafttrain leaves out, are not part of it. Beside it stands the floor,
+the matrix products of drafttrain's step alone (``benchmarks/floor.py``).
 """
 
 from __future__ import annotations
@@ -53,13 +52,14 @@ def compare(cells: Sequence[Cell], peers: Sequence[str]) -> Iterator[dict[str, A
     precisions: dict[Cell, dict[str, Precision]] = {}
     for cell in cells:
         print(f"{cell.name} …", file=sys.stderr, flush=True)
-        pilot = dataclasses.replace(cell, tokens=2048, ttt=3)
+        pilot = Cell(cell.hidden, cell.vocab, tokens=2048, rollout_length=160, ttt=3)
         if pilot not in precisions:
             precisions[pilot] = faster_precisions([OURS, *peers], pilot)
-        yield _row(cell, measure(cell, precisions[pilot]), peers)
+        yield row_of(cell, measure(cell, precisions[pilot]), peers)
 
 
-def _row(cell: Cell, results: dict[str, Result], peers: Sequence[str]) -> dict[str, Any]:
+def row_of(cell: Cell, results: dict[str, Result], peers: Sequence[str]) -> dict[str, Any]:
+    """The JSON of one cell; ratios are against the faster and the leaner of `peers`."""
     speed = {name: cell.step_tokens / result.seconds for name, result in results.items()}
     peak = {name: result.peak_bytes for name, result in results.items()}
     measured = [name for name in peers if name in results]
@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     grid = parser.add_mutually_exclusive_group()
-    grid.add_argument("--quick", action="store_true", help="two cells, about two minutes")
+    grid.add_argument("--quick", action="store_true", help="the two smallest cells")
     grid.add_argument(
         "--scaling", action="store_true", help="drafttrain alone, 2k to 64k tokens a step"
     )

@@ -10,11 +10,14 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
+import os
 import resource
 import time
+import warnings
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Self
 
 from benchmarks.peers import Variant, load
 from benchmarks.workload import Cell, make_workload
@@ -46,6 +49,15 @@ class Worker:
         self._process.start()
         theirs.close()
 
+    def wait(self) -> Self:
+        """Until it is built; processes started together build together.
+
+        Raises:
+            RuntimeError: it ended instead; why is printed on stderr.
+        """
+        self._receive()
+        return self
+
     def step(self, memory: bool = False) -> Timing:
         """Let it take one step.
 
@@ -53,15 +65,18 @@ class Worker:
             TooLarge: it ran out of memory; the process is of no use any more.
             RuntimeError: it ended for another reason, printed on stderr.
         """
-        try:
-            self._connection.send(memory)
-            answer = self._connection.recv()
-        except (EOFError, BrokenPipeError) as error:
-            raise RuntimeError(f"{self.name} ({self.variant}) ended; see stderr") from error
+        self._connection.send(memory)
+        answer = self._receive()
         if isinstance(answer, TooLarge):
             raise answer
         assert isinstance(answer, Timing)
         return answer
+
+    def _receive(self) -> object:
+        try:
+            return self._connection.recv()
+        except EOFError as error:
+            raise RuntimeError(f"{self.name} ({self.variant}) ended; see stderr") from error
 
     def close(self) -> None:
         """End the process; it notices that nobody asks any more."""
@@ -70,8 +85,11 @@ class Worker:
 
 
 def _serve(connection: Connection, name: str, cell: Cell, variant: Variant) -> None:
+    os.dup2(2, 1)  # stdout is the parent's, for JSON
+    warnings.simplefilter("ignore")
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT, MEMORY_LIMIT))
     contender = load(name)(make_workload(cell, variant.precision), variant)
+    connection.send("ready")
     while True:
         try:
             memory = connection.recv()
