@@ -142,13 +142,10 @@ def _init(options: argparse.Namespace) -> None:
     import torch
 
     from drafttrain.drafters import KINDS, PolicyShape
-    from drafttrain.drafters.policy import read_policy_head
 
     torch.manual_seed(options.seed)
     policy = PolicyShape.from_folder(options.target)
-    drafter = KINDS[options.kind].initialise(policy)
-    head = read_policy_head(options.target, policy)
-    drafter.adopt_head(head.lm_head, head.final_norm)
+    drafter = KINDS[options.kind].from_policy(options.target, policy)
     drafter.export(options.out, torch.float32)
     print(f"{options.out}: a new {options.kind} drafter for {options.target}")
 

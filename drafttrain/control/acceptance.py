@@ -144,7 +144,9 @@ def acceptance_weights(
     length = batch.tokens.shape[1]
     hidden = drafter.unroll(batch, head.embed_tokens.float(), k)
     temperature = batch.temperatures[:, None, None]
-    policy_logits = batch.last_hidden @ head.lm_head.float().T / temperature
+    policy_head = head.lm_head.float()
+    draft_head = drafter.head_weight(policy_head)
+    policy_logits = batch.last_hidden @ policy_head.T / temperature
     log_p = _recorded(F.log_softmax(policy_logits[:, :-1], -1), batch.tokens[:, 1:])
     w = torch.zeros(k, *batch.tokens.shape, dtype=torch.float64)
     for depth in range(k):
@@ -152,7 +154,7 @@ def acceptance_weights(
         if drafted <= 0:
             break
         tokens = batch.tokens[:, 2 + depth :]
-        logits = drafter.lm_head(hidden[depth, :, :drafted])
+        logits = hidden[depth, :, :drafted] @ draft_head.T
         if method == "greedy":
             value = (logits.argmax(-1) == tokens).double()
         else:

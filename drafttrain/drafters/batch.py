@@ -24,6 +24,8 @@ class Batch:
         prompt_lengths: int64 [B].
         lengths: int64 [B], prompt and completion.
         temperatures: float [B], of the rollout's sampling.
+        raw_hidden: float [B, T, H], the last state before the policy's final norm, where the engine
+            hands it over so; None where ``last_hidden`` is what it hands over.
     """
 
     tokens: Tensor
@@ -33,6 +35,12 @@ class Batch:
     prompt_lengths: Tensor
     lengths: Tensor
     temperatures: Tensor
+    raw_hidden: Tensor | None = None
+
+    @property
+    def engine_hidden(self) -> Tensor:
+        """The last state as the engine hands it to a drafter: float [B, T, H]."""
+        return self.last_hidden if self.raw_hidden is None else self.raw_hidden
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
@@ -55,19 +63,19 @@ def make_batch(rollouts: Sequence[Rollout], layout: FeatureLayout, head: PolicyH
     Returns:
         A batch whose ``last_hidden`` is ready for the policy's ``lm_head``, float32.
     """
-    last_hidden = _pad([rollout.last_hidden for rollout in rollouts]).float()
-    if not layout.last_hidden_normed:
-        last_hidden = _rms_norm(last_hidden, head)
+    raw_hidden = _pad([rollout.last_hidden for rollout in rollouts]).float()
+    normed = layout.last_hidden_normed
     has_aux = all(rollout.aux_hidden is not None for rollout in rollouts)
     aux = [rollout.aux_hidden for rollout in rollouts if rollout.aux_hidden is not None]
     return Batch(
         tokens=_pad([rollout.tokens.long() for rollout in rollouts]),
         captured=_pad([rollout.captured for rollout in rollouts]),
-        last_hidden=last_hidden,
+        last_hidden=raw_hidden if normed else _rms_norm(raw_hidden, head),
         aux_hidden=_pad(aux).float() if has_aux else None,
         prompt_lengths=torch.tensor([rollout.prompt_length for rollout in rollouts]),
         lengths=torch.tensor([rollout.length for rollout in rollouts]),
         temperatures=torch.tensor([rollout.temperature or 1.0 for rollout in rollouts]),
+        raw_hidden=None if normed else raw_hidden,
     )
 
 

@@ -12,30 +12,24 @@ Architecture and training-time test from EAGLE-3 (arXiv 2503.01840); the forward
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.models.llama.modeling_llama import rotate_half as rotate
 
-from drafttrain.checkpoints.formats import ARCHITECTURES_EAGLE3
 from drafttrain.checkpoints.manifest import Kind, TargetFingerprint
 from drafttrain.checkpoints.verify import verify
+from drafttrain.drafters.attention import causal_plus_diagonal
 from drafttrain.drafters.batch import Batch
-from drafttrain.drafters.contract import Drafter
-from drafttrain.drafters.policy import PolicyShape
+from drafttrain.drafters.contract import Drafter, write_drafter
+from drafttrain.drafters.policy import PolicyShape, read_policy_head
 from drafttrain.errors import CheckpointError
-
-# Queries attended at once; bounds the [heads, block, T] scores that backward keeps.
-QUERY_BLOCK = 1024
-
 
 def default_layer_ids(num_layers: int) -> tuple[int, ...]:
     """Three distinct aux layers of a policy: early, middle, late.
@@ -46,54 +40,6 @@ def default_layer_ids(num_layers: int) -> tuple[int, ...]:
     if len(ids) == 3 and ids[0] > 0:
         return tuple(ids)
     return tuple(sorted({max(num_layers - 2, 0), max(num_layers - 1, 1), max(num_layers, 2)}))
-
-
-def causal_plus_diagonal(
-    query: Tensor, keys: list[Tensor], values: list[Tensor], key_mask: Tensor
-) -> Tensor:
-    """Attention of draft depth ``len(keys) - 1``: causal over depth 0, diagonal over the rest.
-
-    The round that starts at slot ``s`` sees the policy's features up to ``s`` (depth 0) and what
-    it drafted itself, which is stored under the same index ``s`` at every later depth. So each
-    further depth adds one column to the scores, not another [S, S] block.
-
-    Args:
-        query: [B, heads, S, d].
-        keys, values: one [B, heads, S, d] for each depth so far.
-        key_mask: bool [B, S], False where depth 0 has no features.
-
-    Returns:
-        [B, heads, S, d].
-    """
-    slots = query.shape[2]
-    blocks = []
-    for start in range(0, slots, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, slots)
-        blocks.append(_attend_block(query, keys, values, key_mask, start, stop))
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
-
-
-def _attend_block(
-    query: Tensor,
-    keys: list[Tensor],
-    values: list[Tensor],
-    key_mask: Tensor,
-    start: int,
-    stop: int,
-) -> Tensor:
-    q = query[:, :, start:stop] * (1.0 / math.sqrt(query.shape[-1]))
-    scores = q @ keys[0][:, :, :stop].transpose(-1, -2)
-    row = torch.arange(start, stop, device=q.device)[:, None]
-    column = torch.arange(stop, device=q.device)[None, :]
-    # A slot always sees itself: a row without any key would be NaN.
-    visible = (column < row) & key_mask[:, None, :stop] | (column == row)
-    scores = scores.masked_fill(~visible[:, None], float("-inf"))
-    own = [(q * key[:, :, start:stop]).sum(-1, keepdim=True) for key in keys[1:]]
-    weights = torch.cat([scores, *own], dim=-1).softmax(-1)
-    out = weights[..., :stop] @ values[0][:, :, :stop]
-    for depth, value in enumerate(values[1:]):
-        out = out + weights[..., stop + depth, None] * value[:, :, start:stop]
-    return out
 
 
 class Eagle3Attention(nn.Module):
@@ -174,6 +120,9 @@ class Eagle3Drafter(Drafter):
             outputs.append(self.norm(hidden))
         return torch.stack(outputs)
 
+    def head_weight(self, policy_head: Tensor) -> Tensor:
+        return self.lm_head.weight
+
     def _rotation(self, hidden: Tensor, first: int) -> tuple[Tensor, Tensor]:
         positions = torch.arange(first, first + hidden.shape[1], device=hidden.device)[None]
         cos, sin = self.rotary(hidden, positions)
@@ -214,19 +163,15 @@ class Eagle3Drafter(Drafter):
             nn.init.zeros_(projection.weight)
         return drafter
 
-    def adopt_head(self, lm_head: Tensor, final_norm: Tensor | None) -> None:
-        super().adopt_head(lm_head, final_norm)
-        if final_norm is not None:
-            with torch.no_grad():
-                self.norm.weight.copy_(final_norm)
-
     @classmethod
-    def recognises(cls, folder: Path) -> bool:
-        try:
-            architectures = json.loads((folder / "config.json").read_text())["architectures"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
-        return bool(set(architectures) & set(ARCHITECTURES_EAGLE3))
+    def from_policy(cls, folder: Path, policy: PolicyShape, **options: Any) -> Self:
+        drafter = cls.initialise(policy, **options)
+        head = read_policy_head(folder, policy)
+        with torch.no_grad():
+            drafter.lm_head.weight.copy_(head.lm_head)
+            if head.final_norm is not None:
+                drafter.norm.weight.copy_(head.final_norm)
+        return drafter
 
     @classmethod
     def load(cls, folder: Path, policy: PolicyShape) -> Self:
@@ -242,15 +187,7 @@ class Eagle3Drafter(Drafter):
         return drafter
 
     def export(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        config = self.config.to_diff_dict()
-        config["torch_dtype"] = str(dtype).removeprefix("torch.")
-        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        tensors = {
-            name: tensor.detach().to("cpu", dtype).contiguous()
-            for name, tensor in self.state_dict().items()
-        }
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        write_drafter(folder, self.config, self.state_dict(), dtype)
 
 
 def _drafter_config(policy: PolicyShape, layer_ids: tuple[int, ...]) -> LlamaConfig:

@@ -128,12 +128,13 @@ class Trainer:
         self, rollouts: Sequence[Rollout], layout: FeatureLayout, head: PolicyHead
     ) -> tuple[float, Tensor, int]:
         batch = make_batch(rollouts, layout, head)
+        policy_head = head.lm_head.float()
         hidden = self.drafter.unroll(batch, head.embed_tokens.float(), self.config.draft_tokens)
         result = draft_loss(
             hidden,
-            self.drafter.lm_head.weight,
+            self.drafter.head_weight(policy_head),
             batch,
-            head.lm_head.float(),
+            policy_head,
             objective=self.config.objective,
             depth_decay=self.config.depth_decay,
         )
