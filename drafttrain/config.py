@@ -40,6 +40,8 @@ class TrainingConfig(Section):
     tokens_per_step: int = Field(2048, ge=1)
     """Rollout tokens in one optimizer step."""
     seed: int = 0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What is computed in; the drafter's own weights stay float32."""
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of published weights; the engine's own."""
 

@@ -12,17 +12,20 @@ from drafttrain.drafters.batch import Batch
 
 
 def batch_of(prompts: list[int], lengths: list[int]) -> Batch:
-    size = max(lengths)
-    rows = len(lengths)
+    total = sum(lengths)
     return Batch(
-        tokens=torch.zeros(rows, size, dtype=torch.int64),
-        captured=torch.ones(rows, size, dtype=torch.bool),
-        last_hidden=torch.zeros(rows, size, 1),
+        tokens=torch.zeros(total, dtype=torch.int64),
+        offsets=torch.tensor([0, *lengths]).cumsum(0),
+        captured=torch.ones(total, dtype=torch.bool),
+        last_hidden=torch.zeros(total, 1),
         aux_hidden=None,
         prompt_lengths=torch.tensor(prompts),
-        lengths=torch.tensor(lengths),
-        temperatures=torch.ones(rows),
+        temperatures=torch.ones(len(lengths)),
     )
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def simulate(w: torch.Tensor, prompt: int, length: int, runs: int) -> tuple[float, torch.Tensor]:
@@ -44,9 +47,12 @@ def simulate(w: torch.Tensor, prompt: int, length: int, runs: int) -> tuple[floa
 
 def test_replay_agrees_with_simulation() -> None:
     k, prompt, length = 3, 2, 20
-    w = torch.rand(k, 1, length, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    rounds, accepted = replay_rounds(w, batch_of([prompt], [length]))
-    expected_rounds, expected = simulate(w[:, 0], prompt, length, runs=4000)
+    batch = batch_of([prompt], [length])
+    # The round at slot s follows token s + 1.
+    w = torch.zeros(k, length, dtype=torch.float64)
+    w[:, batch.rounds + 1] = torch.rand(k, len(batch.rounds), generator=seeded(1)).double()
+    rounds, accepted = replay_rounds(w[:, batch.rounds + 1], batch)
+    expected_rounds, expected = simulate(w, prompt, length, runs=4000)
     assert abs(float(rounds[0]) - expected_rounds) < 0.1
     torch.testing.assert_close(accepted[0], expected.double(), atol=0.1, rtol=0)
 
@@ -54,23 +60,24 @@ def test_replay_agrees_with_simulation() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(8, 30), st.sampled_from([0.0, 1.0]))
 def test_certain_drafts_count_exactly(k: int, prompt: int, length: int, chance: float) -> None:
-    w = torch.full((k, 1, length), chance, dtype=torch.float64)
-    rounds, accepted = replay_rounds(w, batch_of([prompt], [length]))
+    batch = batch_of([prompt], [length])
+    w = torch.full((k, len(batch.rounds)), chance, dtype=torch.float64)
+    rounds, accepted = replay_rounds(w, batch)
     step = k + 1 if chance else 1
     expected = len(range(prompt, length - k, step))
     assert float(rounds[0]) == expected
     assert accepted[0].tolist() == [expected * chance] * k
 
 
-def test_padding_changes_nothing() -> None:
-    k, length = 2, 12
-    w = torch.rand(k, 1, length, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    padded = torch.zeros(k, 2, length + 9, dtype=torch.float64)
-    padded[:, :1, :length] = w
-    alone = replay_rounds(w, batch_of([3], [length]))
-    beside = replay_rounds(padded, batch_of([3, 5], [length, length + 9]))
-    torch.testing.assert_close(beside[0][:1], alone[0])
-    torch.testing.assert_close(beside[1][:1], alone[1])
+def test_a_rollout_is_counted_alike_alone_and_beside_another() -> None:
+    k, short, long = 2, batch_of([3], [12]), batch_of([5], [21])
+    w_short = torch.rand(k, len(short.rounds), generator=seeded(2), dtype=torch.float64)
+    w_long = torch.rand(k, len(long.rounds), generator=seeded(3), dtype=torch.float64)
+    both = replay_rounds(torch.cat([w_long, w_short], 1), batch_of([5, 3], [21, 12]))
+    for place, (w, batch) in enumerate([(w_long, long), (w_short, short)]):
+        alone = replay_rounds(w, batch)
+        torch.testing.assert_close(both[0][place], alone[0][0])
+        torch.testing.assert_close(both[1][place], alone[1][0])
 
 
 def estimate_of(per_group: list[float], noise: float, seed: int) -> AcceptanceEstimate:

@@ -47,9 +47,11 @@ def test_unroll_has_the_contracts_shape(kind: str) -> None:
     head = making.policy_head(POLICY)
     batch = make_batch(rollouts, making.layout(POLICY), head)
     hidden = drafter.unroll(batch, head.embed_tokens, 2)
-    longest = max(rollout.length for rollout in rollouts)
-    assert hidden.shape[:3] == (2, 3, longest - 1)
-    assert drafter.lm_head(hidden).shape[-1] == POLICY.vocab_size
+    # A rollout's first round starts at its prompt's end, its last drafts the last token.
+    rounds = sum(rollout.completion_length - 1 for rollout in rollouts)
+    assert hidden.shape[:2] == (2, rounds)
+    logits = hidden @ drafter.head_weight(head.lm_head).T
+    assert logits.shape[-1] == POLICY.vocab_size
 
 
 @pytest.mark.parametrize(

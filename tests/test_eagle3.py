@@ -6,9 +6,13 @@ import making
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
+from torch.func import functional_call
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-import drafttrain.drafters.eagle3 as eagle3
+import drafttrain.drafters.attention as attention
 from drafttrain.drafters.batch import Batch
 from drafttrain.drafters.eagle3 import Eagle3Drafter, default_layer_ids
 from drafttrain.drafters.policy import PolicyShape
@@ -24,19 +28,47 @@ def tiny_drafter(policy: PolicyShape, seed: int = 0) -> Eagle3Drafter:
     return drafter.double()
 
 
-def tiny_batch(policy: PolicyShape, lengths: list[int], seed: int = 0) -> Batch:
+def tiny_batch(policy: PolicyShape, lengths: list[int], prompts: list[int], seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
-    rows, size, hidden = len(lengths), max(lengths), policy.hidden_size
-    captured = torch.arange(size) < (torch.tensor(lengths) - 1)[:, None]
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    total, hidden = int(offsets[-1]), policy.hidden_size
+    captured = torch.ones(total, dtype=torch.bool)
+    captured[offsets[1:] - 1] = False
     return Batch(
-        tokens=torch.randint(policy.vocab_size, (rows, size), generator=generator),
+        tokens=torch.randint(policy.vocab_size, (total,), generator=generator),
+        offsets=offsets,
         captured=captured,
-        last_hidden=torch.zeros(rows, size, hidden, dtype=torch.float64),
-        aux_hidden=torch.randn(rows, size, 3, hidden, generator=generator, dtype=torch.float64),
-        prompt_lengths=torch.full((rows,), 2),
-        lengths=torch.tensor(lengths),
-        temperatures=torch.ones(rows),
+        last_hidden=torch.zeros(total, hidden, dtype=torch.float64),
+        aux_hidden=torch.randn(total, 3, hidden, generator=generator, dtype=torch.float64),
+        prompt_lengths=torch.tensor(prompts),
+        temperatures=torch.ones(len(lengths)),
     )
+
+
+def one_of(batch: Batch, rollout: int) -> Batch:
+    """The batch of one of its rollouts."""
+    first, last = batch.offsets[rollout : rollout + 2].tolist()
+    assert batch.aux_hidden is not None
+    return Batch(
+        tokens=batch.tokens[first:last],
+        offsets=torch.tensor([0, last - first]),
+        captured=batch.captured[first:last],
+        last_hidden=batch.last_hidden[first:last],
+        aux_hidden=batch.aux_hidden[first:last],
+        prompt_lengths=batch.prompt_lengths[rollout : rollout + 1],
+        temperatures=batch.temperatures[rollout : rollout + 1],
+    )
+
+
+def finished(batch: Batch, depths: int) -> Tensor:
+    """bool [R]: rounds whose drafts all lie inside their rollout."""
+    left = batch.lengths[batch.rollout_of] - batch.positions
+    return (left > depths + 1)[batch.rounds]
+
+
+def norm(module: LlamaRMSNorm, x: Tensor) -> Tensor:
+    """In float64, where the module itself would go through float32."""
+    return F.rms_norm(x, x.shape[-1:], module.weight, module.variance_epsilon)
 
 
 def draft_one_round(
@@ -51,77 +83,108 @@ def draft_one_round(
         [depths, H].
     """
     layer = drafter.midlayer
-    attention = layer.self_attn
+    attended_by = layer.self_attn
     features = [drafter.fc(aux[s].flatten()) for s in range(slot + 1)]
     outputs = []
     for _ in range(depths):
         inputs, rows = torch.stack(features), len(features)
         embeds = F.embedding(tokens[1 : rows + 1], embed)
-        normed = layer.hidden_norm(inputs)
-        x = torch.cat([layer.input_layernorm(embeds), normed], -1)[None]
+        normed = norm(layer.hidden_norm, inputs)
+        x = torch.cat([norm(layer.input_layernorm, embeds), normed], -1)
         cos, sin = drafter.rotary(x, torch.arange(rows)[None])
-        query, key, value = attention.project(x, cos[:, None], sin[:, None])
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        query, key, value = (
+            projection(x).unflatten(1, (-1, attended_by.head_dim)).transpose(0, 1)
+            for projection in (attended_by.q_proj, attended_by.k_proj, attended_by.v_proj)
+        )
+        query, key = apply_rotary_pos_emb(query[None], key[None], cos, sin)
+        attended = F.scaled_dot_product_attention(
+            query, key, value[None], is_causal=True, enable_gqa=True
+        )
         residual = normed if layer.norm_before_residual else inputs
-        hidden = residual + attention.o_proj(attended.transpose(1, 2).flatten(2))[0]
-        out = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        outputs.append(drafter.norm(out[-1]))
+        hidden = residual + attended_by.o_proj(attended[0].transpose(0, 1).flatten(1))
+        out = hidden + layer.mlp(norm(layer.post_attention_layernorm, hidden))
+        outputs.append(norm(drafter.norm, out[-1]))
         features.append(out[-1])
     return torch.stack(outputs)
 
 
 @pytest.mark.parametrize("norm_before_residual", [False, True])
-@pytest.mark.parametrize("query_block", [4, 1024])
+@pytest.mark.parametrize("scores_at_once", [64, 1 << 20])
 def test_unroll_equals_drafting_token_by_token(
-    norm_before_residual: bool, query_block: int, monkeypatch: pytest.MonkeyPatch
+    norm_before_residual: bool, scores_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(eagle3, "QUERY_BLOCK", query_block)
+    monkeypatch.setattr(attention, "_SCORES_AT_ONCE", scores_at_once)
     policy = making.policy_shape()
     drafter = tiny_drafter(policy)
     drafter.midlayer.norm_before_residual = norm_before_residual
-    lengths = [14, 9]
-    batch = tiny_batch(policy, lengths)
+    batch = tiny_batch(policy, lengths=[14, 13, 9], prompts=[2, 4, 1])
     embed = torch.randn(policy.vocab_size, policy.hidden_size, dtype=torch.float64)
     unrolled = drafter.unroll(batch, embed, DEPTHS)
-    assert batch.aux_hidden is not None
-    for row, length in enumerate(lengths):
-        for slot in range(length - 1 - DEPTHS):
-            expected = draft_one_round(
-                drafter, batch.tokens[row], batch.aux_hidden[row], embed, slot, DEPTHS
-            )
-            torch.testing.assert_close(unrolled[:, row, slot], expected)
+    assert unrolled.shape[1] == 11 + 8 + 7, "rounds start at the prompt's end or later"
+    for round_, start in enumerate(batch.rounds.tolist()):
+        if finished(batch, DEPTHS)[round_]:
+            alone, slot = one_of(batch, int(batch.rollout_of[start])), int(batch.positions[start])
+            assert alone.aux_hidden is not None
+            expected = draft_one_round(drafter, alone.tokens, alone.aux_hidden, embed, slot, DEPTHS)
+            torch.testing.assert_close(unrolled[:, round_], expected)
 
 
-def test_rollouts_of_a_batch_do_not_see_each_other() -> None:
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 6), st.integers(4, 20)), min_size=2, max_size=6),
+    st.sampled_from([40, 1 << 20]),
+)
+def test_rollouts_of_a_batch_do_not_see_each_other(
+    sizes: list[tuple[int, int]], scores_at_once: int
+) -> None:
     policy = making.policy_shape()
     drafter = tiny_drafter(policy)
     embed = torch.randn(policy.vocab_size, policy.hidden_size, dtype=torch.float64)
-    both = tiny_batch(policy, [12, 8])
-    assert both.aux_hidden is not None
-    alone = Batch(
-        **{
-            name: value[1:, :8] if value.dim() > 1 else value[1:]
-            for name, value in vars(both).items()
-        }
-    )
-    together = drafter.unroll(both, embed, DEPTHS)[:, 1, : 8 - 1 - DEPTHS]
-    torch.testing.assert_close(
-        together, drafter.unroll(alone, embed, DEPTHS)[:, 0, : 8 - 1 - DEPTHS]
-    )
+    prompts = [prompt for prompt, _ in sizes]
+    batch = tiny_batch(policy, [prompt + completion for prompt, completion in sizes], prompts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_SCORES_AT_ONCE", scores_at_once)
+        together = drafter.unroll(batch, embed, DEPTHS)
+        for rollout in range(len(sizes)):
+            alone = one_of(batch, rollout)
+            whole = finished(alone, DEPTHS)
+            mine = together[:, batch.rollout_of[batch.rounds] == rollout]
+            torch.testing.assert_close(
+                mine[:, whole], drafter.unroll(alone, embed, DEPTHS)[:, whole]
+            )
 
 
 def test_missing_rows_are_not_attended() -> None:
     policy = making.policy_shape()
     drafter = tiny_drafter(policy)
     embed = torch.randn(policy.vocab_size, policy.hidden_size, dtype=torch.float64)
-    batch = tiny_batch(policy, [12])
-    batch.captured[0, 3] = False
+    batch = tiny_batch(policy, [12], [1])
+    batch.captured[3] = False
+    assert 3 not in batch.rounds, "no round starts where there are no features"
     before = drafter.unroll(batch, embed, DEPTHS)
     assert batch.aux_hidden is not None
-    batch.aux_hidden[0, 3] = 1e3
-    after = drafter.unroll(batch, embed, DEPTHS)
-    torch.testing.assert_close(after[:, :, 4:], before[:, :, 4:])
-    assert not torch.allclose(after[:, :, 3], before[:, :, 3])
+    batch.aux_hidden[3] = 1e3
+    torch.testing.assert_close(drafter.unroll(batch, embed, DEPTHS), before)
+    batch.aux_hidden[2] = 1e3
+    assert not torch.allclose(drafter.unroll(batch, embed, DEPTHS)[:, 3:], before[:, 3:])
+
+
+def test_gradients_are_those_of_finite_differences() -> None:
+    policy = making.policy_shape(hidden_size=8, head_dim=4, num_attention_heads=2, vocab_size=11)
+    drafter = tiny_drafter(policy)
+    batch = tiny_batch(policy, [7, 6], [2, 1])
+    embed = torch.randn(policy.vocab_size, policy.hidden_size, dtype=torch.float64)
+    whole = finished(batch, DEPTHS)
+    names = [name for name, _ in drafter.named_parameters() if name != "lm_head.weight"]
+    values = [drafter.get_parameter(name) for name in names]
+    arguments = (batch, embed, DEPTHS)
+
+    def outputs(*weights: Tensor) -> Tensor:
+        drafter.forward = drafter.unroll
+        unrolled = functional_call(drafter, dict(zip(names, weights, strict=True)), arguments)
+        return unrolled[:, whole]
+
+    assert torch.autograd.gradcheck(outputs, values, fast_mode=True)
 
 
 @pytest.mark.parametrize("layers", range(2, 40))

@@ -9,21 +9,23 @@ from torch import Tensor
 from drafttrain.drafters.batch import Batch
 from drafttrain.training.losses import OBJECTIVES, Objective, draft_loss
 
-B, T, H, V, DEPTHS = 3, 14, 8, 17, 3
+H, V, DEPTHS = 8, 17, 3
+PROMPTS, LENGTHS = [4, 2, 6], [14, 11, 9]
 
 
 def make_batch(scale: float, seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
-    lengths = torch.tensor([T, T - 3, T - 5])
-    captured = torch.arange(T) < (lengths - 1)[:, None]
-    captured[0, 9] = False
+    offsets = torch.tensor([0, *LENGTHS]).cumsum(0)
+    captured = torch.ones(sum(LENGTHS), dtype=torch.bool)
+    captured[offsets[1:] - 1] = False
+    captured[9] = False
     return Batch(
-        tokens=torch.randint(V, (B, T), generator=generator),
+        tokens=torch.randint(V, (sum(LENGTHS),), generator=generator),
+        offsets=offsets,
         captured=captured,
-        last_hidden=torch.randn(B, T, H, generator=generator, dtype=torch.float64) * scale,
+        last_hidden=torch.randn(sum(LENGTHS), H, generator=generator, dtype=torch.float64) * scale,
         aux_hidden=None,
-        prompt_lengths=torch.tensor([4, 2, 6]),
-        lengths=lengths,
+        prompt_lengths=torch.tensor(PROMPTS),
         temperatures=torch.tensor([1.0, 0.7, 1.3], dtype=torch.float64),
     )
 
@@ -33,17 +35,18 @@ def reference_loss(
 ) -> tuple[Tensor, Tensor]:
     """One row, one depth at a time, straight from the definitions; float64."""
     values, overlaps = [], [[] for _ in range(DEPTHS)]
-    for b in range(B):
-        prompt = int(batch.prompt_lengths[b])
-        temperature = batch.temperatures[b]
+    starts = batch.rounds.tolist()
+    for b, (prompt, length) in enumerate(zip(PROMPTS, LENGTHS, strict=True)):
+        first, temperature = int(batch.offsets[b]), batch.temperatures[b]
         for depth in range(DEPTHS):
             # The first round starts after the first sampled token, tokens[prompt].
-            for slot in range(prompt - 1, T - 1):
+            for slot in range(prompt - 1, length):
                 row = slot + 1 + depth
-                if row >= T or not batch.captured[b, row]:
+                if row >= length or not batch.captured[first + row] or first + slot not in starts:
                     continue
-                p = (policy_head @ batch.last_hidden[b, row] / temperature).softmax(-1)
-                q = (head @ hidden[depth, b, slot] / temperature).softmax(-1)
+                p = (policy_head @ batch.last_hidden[first + row] / temperature).softmax(-1)
+                drafting = hidden[depth, starts.index(first + slot)]
+                q = (head @ drafting / temperature).softmax(-1)
                 overlap = torch.minimum(p, q).sum()
                 value = {
                     "soft_cross_entropy": -(p * q.log()).sum(),
@@ -63,7 +66,9 @@ def test_loss_and_gradients_equal_the_eager_reference(
 ) -> None:
     batch = make_batch(scale)
     generator = torch.Generator().manual_seed(1)
-    hidden = torch.randn(DEPTHS, B, T - 1, H, generator=generator, dtype=torch.float64) * scale
+    hidden = (
+        torch.randn(DEPTHS, len(batch.rounds), H, generator=generator, dtype=torch.float64) * scale
+    )
     head = torch.randn(V, H, generator=generator, dtype=torch.float64)
     policy_head = torch.randn(V, H, generator=generator, dtype=torch.float64)
     hidden.requires_grad_()
@@ -83,7 +88,7 @@ def test_loss_and_gradients_equal_the_eager_reference(
 def test_depth_decay_weighs_the_depths() -> None:
     batch = make_batch(1.0)
     generator = torch.Generator().manual_seed(1)
-    hidden = torch.randn(DEPTHS, B, T - 1, H, generator=generator, dtype=torch.float64)
+    hidden = torch.randn(DEPTHS, len(batch.rounds), H, generator=generator, dtype=torch.float64)
     head = torch.randn(V, H, generator=generator, dtype=torch.float64)
     per_depth = [
         draft_loss(hidden[: d + 1], head, batch, head, depth_decay=1.0) for d in range(DEPTHS)

@@ -24,17 +24,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from drafttrain.drafters.batch import Batch, length_buckets, make_batch
+from drafttrain.drafters.batch import Batch, make_batch, split_by_tokens
 from drafttrain.drafters.contract import Drafter
 from drafttrain.rollouts.record import FeatureLayout, PolicyHead, Rollout
 
 DraftSampleMethod = Literal["greedy", "probabilistic"]
 
-# Padded tokens evaluated at once; bounds the [k, tokens, V] draft logits.
+# Rollout tokens evaluated at once, and logits that exist at once.
 _TOKENS_AT_ONCE = 4096
+_LOGITS_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -124,61 +124,83 @@ def estimate_acceptance(
     rounds, accepted = [], []
     for version in sorted({rollout.policy_version for rollout in rollouts}):
         same_policy = [rollout for rollout in rollouts if rollout.policy_version == version]
-        for bucket in length_buckets(same_policy, _TOKENS_AT_ONCE):
-            batch = make_batch(bucket, layout, heads[version])
+        for part in split_by_tokens(same_policy, _TOKENS_AT_ONCE):
+            batch = make_batch(part, layout, heads[version])
             w = acceptance_weights(drafter, batch, heads[version], k, method)
-            bucket_rounds, bucket_accepted = replay_rounds(w, batch)
-            groups += [rollout.group for rollout in bucket]
-            rounds.append(bucket_rounds)
-            accepted.append(bucket_accepted)
+            part_rounds, part_accepted = replay_rounds(w, batch)
+            groups += [rollout.group for rollout in part]
+            rounds.append(part_rounds)
+            accepted.append(part_accepted)
     return AcceptanceEstimate(groups, torch.cat(rounds), torch.cat(accepted))
 
 
 def acceptance_weights(
     drafter: Drafter, batch: Batch, head: PolicyHead, k: int, method: DraftSampleMethod
 ) -> Tensor:
-    """w of the module docstring: float64 [k, B, T]; entry [j, b, t] is the round after token t.
+    """w of the module docstring: float64 [k, R], for every round that could start in `batch`.
 
     Entries whose drafted token lies outside the rollout are zero.
     """
-    length = batch.tokens.shape[1]
-    hidden = drafter.unroll(batch, head.embed_tokens.float(), k)
-    temperature = batch.temperatures[:, None, None]
-    policy_head = head.lm_head.float()
-    draft_head = drafter.head_weight(policy_head)
-    policy_logits = batch.last_hidden @ policy_head.T / temperature
-    log_p = _recorded(F.log_softmax(policy_logits[:, :-1], -1), batch.tokens[:, 1:])
-    w = torch.zeros(k, *batch.tokens.shape, dtype=torch.float64)
+    hidden = drafter.unroll(batch, head.embed_tokens, k)
+    draft_head = drafter.head_weight(head.lm_head)
+    temperature = batch.temperatures[batch.rollout_of]
+    left = (batch.lengths[batch.rollout_of] - batch.positions)[batch.rounds]
+    w = torch.zeros(k, len(batch.rounds), dtype=torch.float64)
     for depth in range(k):
-        drafted = length - 2 - depth  # slots whose drafted token exists
-        if drafted <= 0:
-            break
-        tokens = batch.tokens[:, 2 + depth :]
-        logits = hidden[depth, :, :drafted] @ draft_head.T
+        inside = left > 2 + depth
+        row = batch.rounds[inside] + 1 + depth  # of the policy; it predicts the drafted token
+        tokens, drafting = batch.tokens[row + 1], hidden[depth, inside]
+        q = _Recorded.of(drafting, draft_head, tokens, temperature[row])
         if method == "greedy":
-            value = (logits.argmax(-1) == tokens).double()
+            w[depth, inside] = q.is_first.double()
         else:
-            log_q = _recorded(F.log_softmax(logits / temperature, -1), tokens)
-            value = (log_q - log_p[:, 1 + depth :]).double().exp().clamp_max(1.0)
-        # Slot s serves the round that starts after token s + 1.
-        w[depth, :, 1 : 1 + drafted] = value
+            p = _Recorded.of(batch.last_hidden[row], head.lm_head, tokens, temperature[row])
+            w[depth, inside] = (q.log_prob - p.log_prob).double().exp().clamp_max(1.0)
     return w
 
 
-def _recorded(log_probs: Tensor, tokens: Tensor) -> Tensor:
-    return log_probs.gather(-1, tokens[..., None])[..., 0]
+@dataclass(frozen=True)
+class _Recorded:
+    """What a distribution says of the recorded tokens.
+
+    Attributes:
+        log_prob: float [N].
+        is_first: bool [N], whether it is the most likely token.
+    """
+
+    log_prob: Tensor
+    is_first: Tensor
+
+    @classmethod
+    def of(cls, hidden: Tensor, lm_head: Tensor, tokens: Tensor, temperature: Tensor) -> _Recorded:
+        """Of ``softmax(lm_head hidden / temperature)``; hidden [N, H], lm_head [V, H]."""
+        log_probs, firsts = [], []
+        weight = lm_head.to(torch.promote_types(lm_head.dtype, torch.float32))
+        size = max(1, _LOGITS_AT_ONCE // len(weight))
+        for start in range(0, len(hidden), size):
+            part = slice(start, start + size)
+            logits = hidden[part].to(weight.dtype) @ weight.T
+            firsts.append(logits.argmax(-1) == tokens[part])
+            logits /= temperature[part, None]
+            chosen = logits.gather(-1, tokens[part, None])[:, 0]
+            log_probs.append(chosen - logits.logsumexp(-1))
+        return cls(torch.cat(log_probs), torch.cat(firsts))
 
 
 def replay_rounds(w: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Expected rounds and accepted drafts of each rollout.
 
     Args:
-        w: float64 [k, B, T] from :func:`acceptance_weights`.
+        w: float64 [k, R] from :func:`acceptance_weights`.
 
     Returns:
         rounds float64 [B]; accepted float64 [B, k].
     """
-    k, rollouts, length = w.shape
+    k, rollouts, length = len(w), len(batch.lengths), int(batch.lengths.max())
+    at_token = w.new_zeros(k, rollouts, length)
+    # The slot s serves the round that starts after token s + 1.
+    at_token[:, batch.rollout_of[batch.rounds], batch.positions[batch.rounds] + 1] = w
+    w = at_token
     # survive[a] = w_1 ... w_a; the round accepts at least a drafts.
     survive = torch.cat([torch.ones_like(w[:1]), w.cumprod(0)])
     exactly = survive.clone()

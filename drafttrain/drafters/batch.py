@@ -1,105 +1,135 @@
-"""A batch: rollouts of similar length, padded to one; nothing crosses a rollout."""
+"""A batch: rollouts laid end to end; nothing crosses a rollout."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from drafttrain.rollouts.record import FeatureLayout, PolicyHead, Rollout
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rollouts padded to one length: B rollouts, T tokens, A aux layers, H policy hidden size.
+    """T tokens of B rollouts, end to end; A aux layers, H policy hidden size.
 
     Attributes:
-        tokens: int64 [B, T], 0 where padded.
-        captured: bool [B, T]; False where the policy's features are missing or padded.
-        last_hidden: float [B, T, H].
-        aux_hidden: float [B, T, A, H], or None for drafters that need none.
+        tokens: int64 [T].
+        offsets: int64 [B+1]; rollout b is ``tokens[offsets[b] : offsets[b + 1]]``.
+        captured: bool [T]; False where the policy's features are missing.
+        last_hidden: [T, H] as captured, ready for the policy's ``lm_head``.
+        aux_hidden: [T, A, H] as captured, or None for drafters that need none.
         prompt_lengths: int64 [B].
-        lengths: int64 [B], prompt and completion.
         temperatures: float [B], of the rollout's sampling.
-        raw_hidden: float [B, T, H], the last state before the policy's final norm, where the engine
-            hands it over so; None where ``last_hidden`` is what it hands over.
+        raw_hidden: [T, H], the last state before the policy's final norm, where the engine hands it
+            over so; None where ``last_hidden`` is what it hands over.
     """
 
     tokens: Tensor
+    offsets: Tensor
     captured: Tensor
     last_hidden: Tensor
     aux_hidden: Tensor | None
     prompt_lengths: Tensor
-    lengths: Tensor
     temperatures: Tensor
     raw_hidden: Tensor | None = None
 
     @property
     def engine_hidden(self) -> Tensor:
-        """The last state as the engine hands it to a drafter: float [B, T, H]."""
+        """The last state as the engine hands it to a drafter: [T, H]."""
         return self.last_hidden if self.raw_hidden is None else self.raw_hidden
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """int64 [B], prompt and completion."""
+        return self.offsets.diff()
+
+    @cached_property
+    def rollout_of(self) -> Tensor:
+        """int64 [T], which rollout a token belongs to."""
+        rollouts = torch.arange(len(self.lengths), device=self.tokens.device)
+        return rollouts.repeat_interleave(self.lengths, output_size=len(self.tokens))
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """int64 [T], a token's place in its rollout."""
+        everywhere = torch.arange(len(self.tokens), device=self.tokens.device)
+        return everywhere - self.offsets[self.rollout_of]
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """int64 [S]: where a drafter's context comes from, as indices into ``tokens``.
+
+        A slot has the policy's features, a next token to embed and one more to draft.
+        """
+        inside = self.positions + 2 < self.lengths[self.rollout_of]
+        return (self.captured & inside).nonzero()[:, 0]
+
+    @cached_property
+    def starts_round(self) -> Tensor:
+        """bool [S]: slots where a round may start. The first is that of the first sampled token."""
+        return (self.positions >= self.prompt_lengths[self.rollout_of] - 1)[self.slots]
+
+    @cached_property
+    def rounds(self) -> Tensor:
+        """int64 [R]: the slots where a round may start, as indices into ``tokens``."""
+        return self.slots[self.starts_round]
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
         moved = {
             name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
+            for name in self.__dataclass_fields__
+            if isinstance(value := getattr(self, name), Tensor)
         }
         return replace(self, **moved)
 
 
 def make_batch(rollouts: Sequence[Rollout], layout: FeatureLayout, head: PolicyHead) -> Batch:
-    """Pad `rollouts` to the longest of them.
+    """Lay `rollouts` end to end.
 
     Args:
-        rollouts: at least one.
+        rollouts: at least one; attention is cheapest when similar lengths stand together.
         layout: how their features were captured.
         head: the policy's head; its final norm is applied here when the engine had not.
-
-    Returns:
-        A batch whose ``last_hidden`` is ready for the policy's ``lm_head``, float32.
     """
-    raw_hidden = _pad([rollout.last_hidden for rollout in rollouts]).float()
+    hidden = torch.cat([rollout.last_hidden for rollout in rollouts])
     normed = layout.last_hidden_normed
-    has_aux = all(rollout.aux_hidden is not None for rollout in rollouts)
     aux = [rollout.aux_hidden for rollout in rollouts if rollout.aux_hidden is not None]
+    lengths = torch.tensor([0] + [rollout.length for rollout in rollouts])
     return Batch(
-        tokens=_pad([rollout.tokens.long() for rollout in rollouts]),
-        captured=_pad([rollout.captured for rollout in rollouts]),
-        last_hidden=raw_hidden if normed else _rms_norm(raw_hidden, head),
-        aux_hidden=_pad(aux).float() if has_aux else None,
+        tokens=torch.cat([rollout.tokens for rollout in rollouts]).long(),
+        offsets=lengths.cumsum(0),
+        captured=torch.cat([rollout.captured for rollout in rollouts]),
+        last_hidden=hidden if normed else _rms_norm(hidden, head),
+        aux_hidden=torch.cat(aux) if len(aux) == len(rollouts) else None,
         prompt_lengths=torch.tensor([rollout.prompt_length for rollout in rollouts]),
-        lengths=torch.tensor([rollout.length for rollout in rollouts]),
         temperatures=torch.tensor([rollout.temperature or 1.0 for rollout in rollouts]),
-        raw_hidden=None if normed else raw_hidden,
+        raw_hidden=None if normed else hidden,
     )
 
 
-def length_buckets(rollouts: Sequence[Rollout], tokens: int) -> Iterator[list[Rollout]]:
-    """Split `rollouts` into groups of similar length, each at most `tokens` when padded.
+def split_by_tokens(rollouts: Sequence[Rollout], tokens: int) -> Iterator[list[Rollout]]:
+    """Split `rollouts`, sorted by length, into lists of at most `tokens` tokens.
 
-    A rollout longer than `tokens` makes a group of its own.
+    A rollout longer than `tokens` makes a list of its own.
     """
-    bucket: list[Rollout] = []
+    part: list[Rollout] = []
     for rollout in sorted(rollouts, key=lambda r: r.length):
-        if bucket and (len(bucket) + 1) * rollout.length > tokens:
-            yield bucket
-            bucket = []
-        bucket.append(rollout)
-    if bucket:
-        yield bucket
-
-
-def _pad(rows: list[Tensor]) -> Tensor:
-    return pad_sequence(rows, batch_first=True)
+        if part and sum(r.length for r in part) + rollout.length > tokens:
+            yield part
+            part = []
+        part.append(rollout)
+    if part:
+        yield part
 
 
 def _rms_norm(hidden: Tensor, head: PolicyHead) -> Tensor:
     if head.final_norm is None:
         raise ValueError("hidden states before the final norm need the policy's final norm")
-    variance = hidden.pow(2).mean(-1, keepdim=True)
-    return hidden * torch.rsqrt(variance + head.norm_eps) * head.final_norm.float()
+    wide = hidden.float()
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + head.norm_eps)
+    return (wide * scale * head.final_norm.float()).to(hidden.dtype)

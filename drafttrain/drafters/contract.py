@@ -1,7 +1,7 @@
 """What every kind of drafter is to the rest of drafttrain.
 
 A drafter is asked for one thing: given what the policy computed on some rollouts, the hidden
-states from which it would have drafted, at every position and every draft depth
+states from which it would have drafted, in every round that could start and at every draft depth
 (:meth:`Drafter.unroll`). Losses, acceptance estimates and the trainer need nothing else.
 
 Position arithmetic, shared by all kinds (``tokens`` indexed from 0):
@@ -47,7 +47,7 @@ class Drafter(nn.Module, ABC):
 
     @abstractmethod
     def unroll(self, batch: Batch, embed_tokens: Tensor, depths: int) -> Tensor:
-        """Draft at every slot as the engine would, to `depths` tokens (training-time test).
+        """Draft in every round as the engine would, to `depths` tokens (training-time test).
 
         Args:
             batch: rollouts with features.
@@ -55,8 +55,9 @@ class Drafter(nn.Module, ABC):
             depths: number of draft tokens, k.
 
         Returns:
-            float [depths, B, T-1, H_drafter]; entry [j, b, s] times the head's weight gives the
-            logits for ``tokens[b, s+2+j]``. Entries that run past a rollout's end are meaningless.
+            float [depths, R, H_drafter], for the R entries of ``batch.rounds``; entry [j, i] times
+            :meth:`head_weight` gives the logits for ``tokens[rounds[i] + 2 + j]``. Entries that run past a
+            rollout's end are meaningless.
         """
 
     @abstractmethod

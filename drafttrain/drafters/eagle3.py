@@ -21,15 +21,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
-from transformers.models.llama.modeling_llama import rotate_half as rotate
 
 from drafttrain.checkpoints.manifest import Kind, TargetFingerprint
 from drafttrain.checkpoints.verify import verify
-from drafttrain.drafters.attention import causal_plus_diagonal
+from drafttrain.drafters.attention import AttentionPlan, attend
 from drafttrain.drafters.batch import Batch
 from drafttrain.drafters.contract import Drafter, write_drafter
+from drafttrain.drafters.kernels import compute_dtype, rotate, swiglu, take_rows, unit_rms
 from drafttrain.drafters.policy import PolicyShape, read_policy_head
 from drafttrain.errors import CheckpointError
+
+Rotation = tuple[Tensor, Tensor]
+"""Cosine and sine of a rotary embedding, [N, 1, d / 2] each."""
 
 def default_layer_ids(num_layers: int) -> tuple[int, ...]:
     """Three distinct aux layers of a policy: early, middle, late.
@@ -56,22 +59,6 @@ class Eagle3Attention(nn.Module):
         self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated query and key, and value: [B, heads, S, d] each."""
-
-        def split(projected: Tensor, heads: int) -> Tensor:
-            return projected.view(*x.shape[:-1], heads, self.head_dim).transpose(1, 2)
-
-        query = split(self.q_proj(x), self.heads)
-        key = split(self.k_proj(x), self.kv_heads)
-        value = split(self.v_proj(x), self.kv_heads)
-        query = query * cos + rotate(query) * sin
-        key = key * cos + rotate(key) * sin
-        groups = self.heads // self.kv_heads
-        if groups > 1:
-            key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
-        return query, key, value
-
 
 class Eagle3Layer(nn.Module):
     """The decoder layer; called ``midlayer`` in checkpoints."""
@@ -85,6 +72,73 @@ class Eagle3Layer(nn.Module):
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, **norm)
         self.self_attn = Eagle3Attention(config)
         self.mlp = LlamaMLP(config)
+
+
+class _UnrolledLayer:
+    """The layer over one batch, depth after depth.
+
+    Its weights are put together once for all depths: a norm's weight is folded into the projections
+    behind it, and projections of one input are one matrix. Query, key and value are linear in
+    the embedding, so its share of them is computed once for each token; a depth takes the rows of
+    the tokens it embeds.
+    """
+
+    def __init__(self, layer: Eagle3Layer, batch: Batch, embeds: Tensor, eps: float) -> None:
+        dtype = embeds.dtype
+        self.layer, self.eps = layer, eps
+        self.plan = AttentionPlan(batch)
+        attention, mlp = layer.self_attn, layer.mlp
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        for_embeds, for_hidden = torch.cat([p.weight for p in projections]).chunk(2, dim=1)
+        self.qkv_of_embeds = F.linear(
+            unit_rms(embeds, eps), (for_embeds * layer.input_layernorm.weight).to(dtype)
+        )
+        self.qkv_weight = (for_hidden * layer.hidden_norm.weight).to(dtype).T
+        self.o_weight = attention.o_proj.weight.to(dtype).T
+        gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+        self.gate_up_weight = (gate_up * layer.post_attention_layernorm.weight).to(dtype)
+        self.down_weight = mlp.down_proj.weight.to(dtype).T
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def __call__(
+        self, hidden: Tensor, embedded: Tensor, rotation: Rotation, queries: Tensor | None = None
+    ) -> Tensor:
+        """One depth.
+
+        Args:
+            hidden: [N, H], of N slots.
+            embedded: int64 [N], which tokens are embedded there.
+            rotation: cosine and sine at their positions.
+            queries: int64 [R], those that attend; None for all.
+
+        Returns:
+            [R, H] of those that attend.
+        """
+        normed = unit_rms(hidden, self.eps)
+        qkv = torch.addmm(take_rows(self.qkv_of_embeds, embedded), normed, self.qkv_weight)
+        query = self._split(qkv, rotation)
+        residual = normed * self.layer.hidden_norm.weight.to(normed.dtype)
+        residual = residual if self.layer.norm_before_residual else hidden
+        if queries is not None:
+            query, residual = take_rows(query, queries), take_rows(residual, queries)
+        attended = attend(query, self.keys, self.values, self.plan)
+        residual = torch.addmm(residual, attended.flatten(1), self.o_weight)
+        gate_up = F.linear(unit_rms(residual, self.eps), self.gate_up_weight)
+        return torch.addmm(residual, swiglu(gate_up), self.down_weight)
+
+    def _split(self, qkv: Tensor, rotation: Rotation) -> Tensor:
+        """Keep this depth's keys and values; return its queries, [N, heads, d]."""
+        attention = self.layer.self_attn
+        heads, kv_heads = attention.heads, attention.kv_heads
+        by_head = qkv.view(-1, heads + 2 * kv_heads, attention.head_dim)
+        query, key = rotate(by_head[:, : heads + kv_heads], *rotation).split([heads, kv_heads], 1)
+        value = by_head[:, heads + kv_heads :]
+        if heads != kv_heads:
+            key, value = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (key, value))
+        self.keys.append(key)
+        self.values.append(value)
+        return query
 
 
 class Eagle3Drafter(Drafter):
@@ -106,49 +160,34 @@ class Eagle3Drafter(Drafter):
     def unroll(self, batch: Batch, embed_tokens: Tensor, depths: int) -> Tensor:
         if batch.aux_hidden is None:
             raise ValueError("an Eagle3 drafter needs the policy's aux hidden states")
-        slots = batch.tokens.shape[1] - 1
-        hidden = self.fc(batch.aux_hidden[:, :slots].flatten(2))
-        embeds = F.embedding(batch.tokens, embed_tokens)
-        key_mask = batch.captured[:, :slots]
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
-        outputs = []
-        for depth in range(depths):
-            shifted = F.pad(embeds[:, 1 + depth :], (0, 0, 0, depth))
-            cos, sin = self._rotation(hidden, first=depth)
-            hidden = self._layer(shifted, hidden, cos, sin, keys, values, key_mask)
-            outputs.append(self.norm(hidden))
-        return torch.stack(outputs)
+        dtype, eps = compute_dtype(self.fc.weight), self.config.rms_norm_eps
+        embeds = F.embedding(batch.tokens, embed_tokens).to(dtype)
+        layer = _UnrolledLayer(self.midlayer, batch, embeds, eps)
+        features = batch.aux_hidden[batch.slots].flatten(1).to(dtype)
+        hidden = F.linear(features, self.fc.weight.to(dtype))
+        # Depth 0 has keys at every slot, prompts included; rounds start only at some of them.
+        starts = batch.starts_round.nonzero()[:, 0]
+        hidden = layer(hidden, batch.slots + 1, self._rotation(batch, batch.slots, dtype), starts)
+        outputs = [hidden]
+        for depth in range(1, depths):
+            # Past a rollout's end there is nothing to embed, and nothing there is trained on.
+            embedded = (batch.rounds + 1 + depth).clamp_max(len(batch.tokens) - 1)
+            rotation = self._rotation(batch, batch.rounds, dtype, ahead=depth)
+            hidden = layer(hidden, embedded, rotation)
+            outputs.append(hidden)
+        unrolled: Tensor = unit_rms(torch.stack(outputs), eps) * self.norm.weight.to(dtype)
+        return unrolled
 
     def head_weight(self, policy_head: Tensor) -> Tensor:
         return self.lm_head.weight
 
-    def _rotation(self, hidden: Tensor, first: int) -> tuple[Tensor, Tensor]:
-        positions = torch.arange(first, first + hidden.shape[1], device=hidden.device)[None]
-        cos, sin = self.rotary(hidden, positions)
-        return cos[:, None], sin[:, None]
-
-    def _layer(
-        self,
-        embeds: Tensor,
-        hidden: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        keys: list[Tensor],
-        values: list[Tensor],
-        key_mask: Tensor,
-    ) -> Tensor:
-        layer = self.midlayer
-        normed = layer.hidden_norm(hidden)
-        residual = normed if layer.norm_before_residual else hidden
-        x = torch.cat([layer.input_layernorm(embeds), normed], dim=-1)
-        query, key, value = layer.self_attn.project(x, cos, sin)
-        keys.append(key)
-        values.append(value)
-        attended = causal_plus_diagonal(query, keys, values, key_mask)
-        residual = residual + layer.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
-        out: Tensor = residual + layer.mlp(layer.post_attention_layernorm(residual))
-        return out
+    def _rotation(
+        self, batch: Batch, slots: Tensor, dtype: torch.dtype, ahead: int = 0
+    ) -> Rotation:
+        positions = batch.positions[slots] + ahead
+        cos, sin = self.rotary(self.fc.weight, positions[None])
+        half = cos.shape[-1] // 2  # both halves are the same
+        return cos[0, :, None, :half].to(dtype), sin[0, :, None, :half].to(dtype)
 
     @classmethod
     def initialise(

@@ -26,11 +26,12 @@ from transformers import PretrainedConfig, Qwen2Config
 from drafttrain.checkpoints.manifest import Kind, TargetFingerprint
 from drafttrain.checkpoints.mtp_format import FAMILIES, MTPFamily, family_of, head_prefix
 from drafttrain.checkpoints.verify import verify
-from drafttrain.drafters.attention import Rounds, use_rounds
 from drafttrain.drafters.batch import Batch
 from drafttrain.drafters.contract import Drafter, write_drafter
 from drafttrain.drafters.experts import fuse_experts, split_experts
+from drafttrain.drafters.kernels import compute_dtype
 from drafttrain.drafters.policy import PolicyShape, read_config, read_tensors, weight_files
+from drafttrain.drafters.rounds import RoundsAttention, use_rounds
 from drafttrain.drafters.stitch import stitch_tensors
 from drafttrain.errors import CheckpointError, RolloutError
 from drafttrain.rollouts.record import FeatureLayout
@@ -77,32 +78,38 @@ class MTPDrafter(Drafter):
         self.rotary = getattr(modeling, rotary)(one_layer)
 
     def unroll(self, batch: Batch, embed_tokens: Tensor, depths: int) -> Tensor:
-        slots = batch.tokens.shape[1] - 1
-        state = batch.engine_hidden[:, :slots]
-        embeds = F.embedding(batch.tokens, embed_tokens)
-        rounds = Rounds(batch.captured[:, :slots])
-        outputs = []
+        dtype = compute_dtype(self.project.weight)
+        embeds = F.embedding(batch.tokens, embed_tokens).to(dtype)
+        state = batch.engine_hidden[batch.slots].to(dtype)
+        attention = RoundsAttention.of(batch)
+        slots, outputs = batch.slots, []
         for depth in range(depths):
-            shifted = F.pad(embeds[:, 1 + depth :], (0, 0, 0, depth))
-            if depth == 0 and self.family.zero_first:
-                shifted = F.pad(shifted[:, 1:], (0, 0, 1, 0))
-            hidden = self._draft(shifted, state, depth, rounds)
+            # Past a rollout's end there is nothing to embed, and nothing there is trained on.
+            embedded = embeds[(slots + 1 + depth).clamp_max(len(embeds) - 1)]
+            hidden = self._draft(embedded, state, batch.positions[slots] + depth, attention)
+            if depth == 0:
+                # Prompts have keys at every slot; rounds start only at some of them.
+                hidden, slots = hidden[attention.starts], batch.rounds
             outputs.append(self.out_norm(hidden))
             state = outputs[-1] if self.family.feeds_normed else hidden
         return torch.stack(outputs)
 
-    def _draft(self, embeds: Tensor, state: Tensor, depth: int, rounds: Rounds) -> Tensor:
+    def _draft(
+        self, embeds: Tensor, state: Tensor, positions: Tensor, attention: RoundsAttention
+    ) -> Tensor:
+        """One depth: [N, H] of the next tokens' embeddings and the states before them."""
+        if self.family.zero_first:
+            embeds = embeds.masked_fill(positions[:, None] == 0, 0.0)
         parts = [self.embed_norm(embeds), self.hidden_norm(state)]
         x = self.project(torch.cat(parts if self.family.embed_first else parts[::-1], dim=-1))
-        positions = torch.arange(depth, depth + x.shape[1], device=x.device)[None]
         out: Tensor = self.layer(
-            x,
+            x[None],
             attention_mask=None,
-            position_ids=positions,
-            position_embeddings=self.rotary(x, positions),
-            rounds=rounds,
+            position_ids=positions[None],
+            position_embeddings=self.rotary(x, positions[None]),
+            rounds=attention,
         )
-        return out
+        return out[0]
 
     def head_weight(self, policy_head: Tensor) -> Tensor:
         return policy_head

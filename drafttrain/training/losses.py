@@ -14,8 +14,9 @@ lk                  -log sum(min(p, q))     the same rate's log-likelihood: its 
 A draft is accepted with probability sum(min(p, q)) under probabilistic drafting (Leviathan et al.,
 arXiv 2211.17192), with p(argmax q) under greedy drafting.
 
-No [positions, V] tensor outlives a chunk: each chunk's gradient is taken inside the forward pass.
-The policy's log-probabilities of a row are computed once for all draft depths that predict it.
+No [positions, V] tensor outlives a chunk: each chunk's gradient is taken inside the forward pass,
+in closed form, a few rows at a time so that they stay in the processor's cache. The policy's
+log-probabilities of a row are computed once for all draft depths that predict it.
 """
 
 from __future__ import annotations
@@ -25,28 +26,46 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from drafttrain.drafters.batch import Batch
+from drafttrain.drafters.kernels import compute_dtype
 
 Objective = Literal["soft_cross_entropy", "tv", "lk"]
 
-
-def _soft_cross_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return -(log_p.exp() * log_q).sum(-1)
-
-
-def _tv(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return 1.0 - torch.minimum(log_p.exp(), log_q.exp()).sum(-1)
+# Draft logits that exist at once, and those worked on at once (on a CPU: what its cache holds).
+_CHUNK_ELEMENTS = 1 << 25
+_BLOCK_ELEMENTS = 1 << 18
 
 
-def _lk(log_p: Tensor, log_q: Tensor) -> Tensor:
+def _soft_cross_entropy(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    p, q = log_p.exp(), log_q.exp()
+    value = -(p * log_q).sum(-1)
+    overlap = torch.minimum(p, q).sum(-1)
+    return value, overlap, q.sub_(p)
+
+
+def _tv(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q = log_q.exp()
+    scarce = torch.where(log_q < log_p, q, 0.0)
+    overlap = torch.minimum(log_p.exp(), q).sum(-1)
+    return 1.0 - overlap, overlap, q.mul_(scarce.sum(-1, keepdim=True)).sub_(scarce)
+
+
+def _lk(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # In log space: finite, with a useful gradient, where p and q share no mass in float32.
-    return -torch.minimum(log_p, log_q).logsumexp(-1)
+    shared = torch.minimum(log_p, log_q)
+    log_overlap = shared.logsumexp(-1)
+    share = shared.sub_(log_overlap[..., None]).exp_().masked_fill_(log_q >= log_p, 0.0)
+    slope = log_q.exp().mul_(share.sum(-1, keepdim=True)).sub_(share)
+    return -log_overlap, log_overlap.exp(), slope
 
 
-OBJECTIVES: dict[Objective, Callable[[Tensor, Tensor], Tensor]] = {
+Values = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""(log p [n, V], log q [D, n, V]) to the value and sum(min(p, q)), [D, n] each, and the value's
+gradient with respect to the draft's logits, [D, n, V]."""
+
+OBJECTIVES: dict[Objective, Values] = {
     "soft_cross_entropy": _soft_cross_entropy,
     "tv": _tv,
     "lk": _lk,
@@ -55,35 +74,39 @@ OBJECTIVES: dict[Objective, Callable[[Tensor, Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class DraftRows:
-    """Which policy rows a batch trains on, and from which slot each depth drafted them.
+    """Which policy rows a batch trains on, and which round drafted them at each depth.
 
-    Row ``r`` of rollout ``b`` is drafted at depth ``j`` by the round at slot ``r - 1 - j``. The
+    Row ``r`` is drafted at depth ``j`` by the round at slot ``r - 1 - j`` of the same rollout. The
     engine's first round starts after the first sampled token, so rows begin at the prompt's length.
 
     Attributes:
-        rollout, row: int64 [N].
-        depths_valid: bool [D, N].
+        row: int64 [N], indices into the batch's tokens.
+        drafted_by: int64 [D, N], index of the round; 0 where no round drafted.
+        drafted: bool [D, N].
     """
 
-    rollout: Tensor
     row: Tensor
-    depths_valid: Tensor
+    drafted_by: Tensor
+    drafted: Tensor
 
     @classmethod
     def of(cls, batch: Batch, depths: int) -> DraftRows:
         """All rows of `batch` that were captured and can be drafted."""
-        position = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-        usable = batch.captured & (position >= batch.prompt_lengths[:, None])
-        rollout, row = usable.nonzero(as_tuple=True)
-        first = batch.prompt_lengths[rollout]
+        round_at = torch.full_like(batch.tokens, -1)
+        round_at[batch.rounds] = torch.arange(len(batch.rounds), device=round_at.device)
+        generated = batch.positions - batch.prompt_lengths[batch.rollout_of]
+        row = (batch.captured & (generated >= 0)).nonzero()[:, 0]
         depth = torch.arange(depths, device=row.device)[:, None]
-        return cls(rollout, row, row >= first + depth)
+        drafted_by = round_at[(row - 1 - depth).clamp_min(0)]
+        drafted = (drafted_by >= 0) & (generated[row] >= depth)
+        return cls(row, drafted_by.clamp_min(0), drafted)
 
-    def gather(self, hidden: Tensor, start: int, stop: int) -> Tensor:
-        """Drafting hidden states of rows [start, stop): [D, n, H]; zeros where no round drafted."""
-        depth = torch.arange(hidden.shape[0], device=hidden.device)[:, None]
-        slot = (self.row[start:stop] - 1 - depth).clamp_min(0)
-        return hidden[depth, self.rollout[start:stop], slot]
+    def by_round(self, per_row: Tensor, rounds: int) -> Tensor:
+        """[D, N, H] of rows to [D, R, H] of the rounds that drafted them; zero where none did."""
+        out = per_row.new_zeros(len(per_row), rounds, per_row.shape[-1])
+        for depth, drafted in enumerate(self.drafted):
+            out[depth, self.drafted_by[depth, drafted]] = per_row[depth, drafted]
+        return out
 
 
 @dataclass(frozen=True)
@@ -109,24 +132,27 @@ def draft_loss(
     *,
     objective: Objective = "lk",
     depth_decay: float = 1.0,
-    chunk: int = 2048,
+    chunk: int | None = None,
 ) -> DraftLoss:
     """Mean objective over all drafted rows and depths.
 
     Args:
-        hidden: [D, B, T-1, H_drafter] from :meth:`Drafter.unroll`.
+        hidden: [D, R, H_drafter] from :meth:`Drafter.unroll`.
         draft_head: [V, H_drafter], gets a gradient.
         batch: with ``last_hidden`` after the policy's final norm.
         policy_head: [V, H], frozen.
         depth_decay: weight of depth j is ``depth_decay ** j``.
-        chunk: policy rows whose [V] distributions exist at once.
+        chunk: policy rows whose [D, V] draft logits exist at once; by size when absent.
     """
-    rows = DraftRows.of(batch, hidden.shape[0])
-    weights = depth_decay ** torch.arange(hidden.shape[0], dtype=torch.float32)
+    rows = DraftRows.of(batch, len(hidden))
+    depth = torch.arange(len(hidden), device=hidden.device, dtype=draft_head.dtype)
+    weights = rows.drafted * (depth_decay**depth)[:, None]
+    weights = weights / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
+    chunk = chunk or max(1, _CHUNK_ELEMENTS // (len(hidden) * len(draft_head)))
     loss, overlap = _ChunkedLoss.apply(
         hidden, draft_head, batch, policy_head, rows, OBJECTIVES[objective], weights, chunk
     )
-    counts = rows.depths_valid.sum(1).clamp_min(1)
+    counts = rows.drafted.sum(1).clamp_min(1)
     return DraftLoss(loss, overlap / counts, len(rows.row))
 
 
@@ -141,55 +167,69 @@ class _ChunkedLoss(torch.autograd.Function):
         batch: Batch,
         policy_head: Tensor,
         rows: DraftRows,
-        objective: Callable[[Tensor, Tensor], Tensor],
-        depth_weights: Tensor,
+        objective: Values,
+        weights: Tensor,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
-        grad_hidden = torch.zeros_like(hidden)
+        dtype = compute_dtype(draft_head)
+        head, teacher = draft_head.to(dtype), policy_head.to(dtype)
+        grad_rows = hidden.new_empty(len(hidden), len(rows.row), hidden.shape[-1])
         grad_head = torch.zeros_like(draft_head)
-        weights = rows.depths_valid * depth_weights.to(hidden)[:, None]
-        weights = weights / weights.sum().clamp_min(1.0)
-        total = hidden.new_zeros(())
-        overlap = hidden.new_zeros(hidden.shape[0])
+        total = draft_head.new_zeros(())
+        overlap = draft_head.new_zeros(len(hidden))
+        depth = torch.arange(len(hidden), device=hidden.device)[:, None]
         for start in range(0, len(rows.row), chunk):
-            stop = min(start + chunk, len(rows.row))
-            log_p = _policy_log_probs(batch, policy_head, rows, start, stop)
-            temperature = batch.temperatures[rows.rollout[start:stop], None]
-            valid = rows.depths_valid[:, start:stop]
-            with torch.enable_grad():
-                gathered = rows.gather(hidden, start, stop).detach().requires_grad_()
-                weight = draft_head.detach().requires_grad_()
-                log_q = F.log_softmax(gathered @ weight.T / temperature, dim=-1)
-                value = (objective(log_p, log_q) * weights[:, start:stop]).sum()
-                chunk_hidden, chunk_head = torch.autograd.grad(value, (gathered, weight))
-            _scatter(grad_hidden, rows, chunk_hidden, start, stop)
-            grad_head += chunk_head
-            total += value.detach()
-            shared = torch.minimum(log_p.exp(), log_q.detach().exp()).sum(-1)
-            overlap += (shared * valid).sum(1)
-        ctx.save_for_backward(grad_hidden, grad_head)
+            part = slice(start, start + chunk)
+            row = rows.row[part]
+            policy_logits = batch.last_hidden[row].to(dtype) @ teacher.T
+            drafting = hidden[depth, rows.drafted_by[:, part]]
+            logits = drafting @ head.T
+            temperature = batch.temperatures[batch.rollout_of[row], None]
+            value, shared = _slopes_in_place(
+                policy_logits, logits, temperature, weights[:, part], objective
+            )
+            total += value
+            overlap += (shared * rows.drafted[:, part]).sum(1)
+            grad_rows[:, part] = logits @ head
+            grad_head += logits.flatten(0, 1).T @ drafting.flatten(0, 1)
+        ctx.save_for_backward(rows.by_round(grad_rows, hidden.shape[1]), grad_head)
         ctx.mark_non_differentiable(overlap)
         return total, overlap
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_head = ctx.saved_tensors
-        scale = grads[0]
-        return grad_hidden * scale, grad_head * scale, *[None] * 6
+        return grad_hidden * grads[0].to(grad_hidden.dtype), grad_head * grads[0], *[None] * 6
 
 
-def _policy_log_probs(
-    batch: Batch, policy_head: Tensor, rows: DraftRows, start: int, stop: int
-) -> Tensor:
-    rollout, row = rows.rollout[start:stop], rows.row[start:stop]
-    logits = batch.last_hidden[rollout, row] @ policy_head.T
-    return F.log_softmax(logits / batch.temperatures[rollout, None], dim=-1)
+def _slopes_in_place(
+    policy_logits: Tensor,
+    logits: Tensor,
+    temperature: Tensor,
+    weights: Tensor,
+    objective: Values,
+) -> tuple[Tensor, Tensor]:
+    """Replace draft logits by the loss's gradient with respect to them.
 
+    Args:
+        policy_logits: [n, V].
+        logits: [D, n, V], overwritten.
+        temperature: [n, 1].
+        weights: [D, n] of each row and depth in the loss.
 
-def _scatter(grad: Tensor, rows: DraftRows, chunk: Tensor, start: int, stop: int) -> None:
-    """Add a chunk's gradient where :meth:`DraftRows.gather` took its hidden states from."""
-    depth = torch.arange(grad.shape[0], device=grad.device)[:, None].expand(chunk.shape[:2])
-    rollout = rows.rollout[start:stop].expand(chunk.shape[:2])
-    slot = (rows.row[start:stop] - 1 - depth).clamp_min(0)
-    # Rows no round drafted have weight zero, hence gradient zero: clamping them is harmless.
-    grad.index_put_((depth, rollout, slot), chunk, accumulate=True)
+    Returns:
+        the weighted sum of the objective; sum(min(p, q)) of each row and depth, [D, n].
+    """
+    wide = weights.dtype
+    depths, rows, vocab = logits.shape
+    block = rows if logits.is_cuda else max(1, _BLOCK_ELEMENTS // (depths * vocab))
+    total, overlaps = weights.new_zeros(()), []
+    for start in range(0, rows, block):
+        part = slice(start, start + block)
+        log_p = (policy_logits[part].to(wide) / temperature[part]).log_softmax(-1)
+        log_q = (logits[:, part].to(wide) / temperature[part]).log_softmax(-1)
+        value, overlap, slope = objective(log_p, log_q)
+        total += (value * weights[:, part]).sum()
+        overlaps.append(overlap)
+        logits[:, part] = slope.mul_((weights[:, part, None]) / temperature[part])
+    return total, torch.cat(overlaps, 1)

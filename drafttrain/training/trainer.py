@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from drafttrain.config import TrainingConfig
-from drafttrain.drafters.batch import length_buckets, make_batch
+from drafttrain.drafters.batch import make_batch, split_by_tokens
 from drafttrain.drafters.contract import Drafter
 from drafttrain.errors import CheckpointError, RolloutError
 from drafttrain.rollouts.record import FeatureLayout, PolicyHead, Rollout
@@ -86,8 +86,8 @@ class Trainer:
     ) -> StepReport:
         """One optimizer step on `rollouts`.
 
-        Rollouts of one policy version and similar length go through the drafter together;
-        gradients add up over these parts, weighted by their rows.
+        Rollouts of one policy version go through the drafter together; gradients add up over these
+        parts, weighted by their rows.
 
         Raises:
             RolloutError: their aux layers are not the drafter's, or NaN or infinity came of them.
@@ -98,10 +98,8 @@ class Trainer:
         loss, acceptance, rows = 0.0, torch.zeros(self.config.draft_tokens), 0
         for version in sorted({rollout.policy_version for rollout in rollouts}):
             same_policy = [rollout for rollout in rollouts if rollout.policy_version == version]
-            for bucket in length_buckets(same_policy, self.config.tokens_per_step):
-                part_loss, part_acceptance, part_rows = self._backward(
-                    bucket, layout, heads[version]
-                )
+            for part in split_by_tokens(same_policy, self.config.tokens_per_step):
+                part_loss, part_acceptance, part_rows = self._backward(part, layout, heads[version])
                 loss += part_loss
                 acceptance += part_acceptance * part_rows
                 rows += part_rows
@@ -128,16 +126,16 @@ class Trainer:
         self, rollouts: Sequence[Rollout], layout: FeatureLayout, head: PolicyHead
     ) -> tuple[float, Tensor, int]:
         batch = make_batch(rollouts, layout, head)
-        policy_head = head.lm_head.float()
-        hidden = self.drafter.unroll(batch, head.embed_tokens.float(), self.config.draft_tokens)
-        result = draft_loss(
-            hidden,
-            self.drafter.head_weight(policy_head),
-            batch,
-            policy_head,
-            objective=self.config.objective,
-            depth_decay=self.config.depth_decay,
-        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            hidden = self.drafter.unroll(batch, head.embed_tokens, self.config.draft_tokens)
+            result = draft_loss(
+                hidden,
+                self.drafter.head_weight(head.lm_head),
+                batch,
+                head.lm_head,
+                objective=self.config.objective,
+                depth_decay=self.config.depth_decay,
+            )
         (result.loss * result.rows).backward()
         return result.loss.item() * result.rows, result.acceptance, result.rows
 

@@ -1,0 +1,127 @@
+"""Elementwise parts of a drafter's layer, each with a backward of few passes over memory.
+
+A drafter's layer is small, so what the framework's composite operations read and write again costs
+as much as the matrix products. Each function here is checked against its plain form in float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """What to compute in: autocast's dtype where it is on, else that of `weight`."""
+    device = weight.device.type
+    if torch.is_autocast_enabled(device):
+        autocast: torch.dtype = torch.get_autocast_dtype(device)
+        return autocast
+    return weight.dtype
+
+
+def unit_rms(x: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps)`` over the last dimension: an RMS norm without its weight."""
+    normed: Tensor = _UnitRms.apply(x, eps)
+    return normed
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of both halves (as Llama pairs them).
+
+    Args:
+        x: [N, heads, d].
+        cos, sin: [N, 1, d / 2].
+    """
+    rotated: Tensor = _Rotate.apply(x, cos, sin)
+    return rotated
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """``silu(gate) * up`` of [N, 2I] -> [N, I]; the gate is the first half."""
+    activated: Tensor = _SwiGLU.apply(gate_up)
+    return activated
+
+
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """``x[rows]``; its gradient is a copy instead of a scattered sum.
+
+    So the rows must differ, except for those whose gradient is zero at all their places.
+    """
+    taken: Tensor = _TakeRows.apply(x, rows)
+    return taken
+
+
+class _UnitRms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        scale = (norm.square_().div_(x.shape[-1]).add_(eps)).rsqrt_().to(x.dtype)
+        normed = x * scale
+        ctx.save_for_backward(normed, scale)
+        return normed
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        normed, scale = ctx.saved_tensors
+        grad = grads[0]
+        along = (grad * normed).mean(-1, keepdim=True)
+        return torch.addcmul(grad, normed, along, value=-1).mul_(scale), None
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grads[0], cos, sin, -1), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    out = torch.empty_like(x)
+    turned_first, turned_second = out.chunk(2, dim=-1)
+    torch.mul(first, cos, out=turned_first).addcmul_(second, sin, value=-direction)
+    torch.mul(second, cos, out=turned_second).addcmul_(first, sin, value=direction)
+    return out
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        activated: Tensor = F.silu(gate).mul_(up)
+        return activated
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        out = torch.empty_like(gate_up)
+        grad_gate, grad_up = out.chunk(2, dim=-1)
+        torch.mul(F.silu(gate), grads[0], out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grads[0] * up, gate, grad_input=grad_gate)
+        return out
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.total = len(x)
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        grad = grads[0].new_zeros(ctx.total, *grads[0].shape[1:])
+        grad[rows] = grads[0]
+        return grad, None
