@@ -42,6 +42,8 @@ class TrainingConfig(Section):
     seed: int = 0
     precision: Literal["float32", "bfloat16"] = "float32"
     """What is computed in; the drafter's own weights stay float32."""
+    lora_rank: int | None = Field(None, ge=1)
+    """Draft models: train low-rank additions (LoRA) of this rank instead of all weights."""
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of published weights; the engine's own."""
 

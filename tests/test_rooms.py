@@ -24,7 +24,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "config": ({"errors"}, {"pydantic", "yaml"}),
     "checkpoints": (FOUNDATION, TORCH),
     "rollouts": (FOUNDATION, TORCH),
-    "drafters": (DATA, TORCH | {"transformers"}),
+    "drafters": (DATA, TORCH | {"transformers", "peft"}),
     "training": (LEARNING, TORCH | {"transformers"}),
     "control": (LEARNING, TORCH),
     "telemetry": (FOUNDATION, set()),

@@ -11,12 +11,13 @@ from drafttrain.checkpoints.formats import kind_of
 from drafttrain.checkpoints.manifest import Kind, read_json
 from drafttrain.drafters.batch import Batch
 from drafttrain.drafters.contract import Drafter
+from drafttrain.drafters.draft_model import DraftModel
 from drafttrain.drafters.eagle3 import Eagle3Drafter
 from drafttrain.drafters.mtp import MTPDrafter
 from drafttrain.drafters.policy import PolicyShape
 
 KINDS: dict[Kind, type[Drafter]] = {
-    drafter.kind: drafter for drafter in (Eagle3Drafter, MTPDrafter)
+    drafter.kind: drafter for drafter in (Eagle3Drafter, MTPDrafter, DraftModel)
 }
 
 
@@ -33,6 +34,7 @@ def load_drafter(folder: str | Path, policy: PolicyShape) -> Drafter:
 __all__ = [
     "KINDS",
     "Batch",
+    "DraftModel",
     "Drafter",
     "Eagle3Drafter",
     "MTPDrafter",

@@ -27,7 +27,7 @@ from transformers import PretrainedConfig
 from drafttrain.checkpoints.manifest import Kind
 from drafttrain.drafters.batch import Batch
 from drafttrain.drafters.policy import PolicyShape
-from drafttrain.errors import RolloutError
+from drafttrain.errors import ConfigError, RolloutError
 from drafttrain.rollouts.record import FeatureLayout
 
 # Written in float32 whatever the rest is in: engines keep a router's bias so.
@@ -97,6 +97,16 @@ class Drafter(nn.Module, ABC):
     @abstractmethod
     def export(self, folder: Path, dtype: torch.dtype) -> None:
         """Write ``config.json`` and ``model.safetensors`` as the engine loads them."""
+
+    def add_lora(self, rank: int) -> None:
+        """Freeze the weights and train low-rank additions to them (arXiv 2106.09685) instead.
+
+        They are merged when the drafter is exported.
+
+        Raises:
+            ConfigError: not a kind that is large enough to need it.
+        """
+        raise ConfigError("training", "lora_rank", f"is for draft models, this is {self.kind}")
 
     def check_layout(self, layout: FeatureLayout) -> None:
         """Refuse rollouts whose aux layers are not those this drafter reads.

@@ -61,6 +61,8 @@ class Trainer:
         self, drafter: Drafter, config: TrainingConfig, total_steps: int | None = None
     ) -> None:
         """With `total_steps` the learning rate decays over the last fifth (WSD), else it stays."""
+        if config.lora_rank is not None:
+            drafter.add_lora(config.lora_rank)
         self.drafter = drafter.float()
         self.config = config
         self.total_steps = total_steps
@@ -71,7 +73,7 @@ class Trainer:
             self.drafter, multi_avg_fn=get_ema_multi_avg_fn(config.average_decay)
         )
         self.optimizer = torch.optim.AdamW(
-            drafter.parameters(),
+            [weight for weight in drafter.parameters() if weight.requires_grad],
             lr=config.learning_rate,
             betas=(0.9, 0.95),
             weight_decay=config.weight_decay,
