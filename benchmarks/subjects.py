@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,14 @@ class Subject:
         kind: of drafter.
         family: of policy: "qwen3", or "mimo", whose last state reaches the drafter unnormed.
         options: of :meth:`Drafter.from_policy`.
+        overrides: keys of the policy's configuration that its engine needs to be told.
     """
 
     name: str
     kind: str
     family: str
-    options: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[str, Any] = field(default_factory=dict)
 
     def drafter(self, policy: Path) -> Drafter:
         """A new one, the same every time."""
@@ -41,8 +43,10 @@ class Subject:
 
 SUBJECTS = [
     Subject("eagle3", "eagle3", "qwen3", {"layer_ids": (1, 2, 3)}),
-    Subject("mtp of MiMo", "mtp", "mimo", {}),
-    Subject("mtp for Qwen3", "mtp", "qwen3", {}),
+    Subject("mtp of MiMo", "mtp", "mimo"),
+    Subject("mtp for Qwen3", "mtp", "qwen3", overrides={"num_nextn_predict_layers": 1}),
+    Subject("draft model of Qwen3", "draft_model", "qwen3", {"layers": [0]}),
+    Subject("draft model of MiMo", "draft_model", "mimo", {"layers": [0, 3]}),
 ]
 
 

@@ -71,14 +71,6 @@ def test_a_drafter_of_another_policy_is_refused(
     assert field in str(refusal.value)
 
 
-def test_variants_that_are_not_trained_are_refused(tmp_path: Path) -> None:
-    making.drafter(POLICY).export(tmp_path, torch.float32)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"norm_output": True}))
-    with pytest.raises(CheckpointError, match="norm_output"):
-        load_drafter(tmp_path, POLICY)
-
-
 def test_what_is_no_drafter_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="known kind"):
+    with pytest.raises(CheckpointError, match=r"config.json"):
         load_drafter(tmp_path, POLICY)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
+from objective_reference import by_definition
 from torch import Tensor
 
 from drafttrain.training.objectives import OBJECTIVES, ObjectiveName
@@ -26,23 +25,6 @@ def policy_and_draft(regime: str, dtype: torch.dtype = torch.float64) -> tuple[T
         "long_tail": -2 * rank.log() + 0.5 * noise,
     }[regime]
     return policy.to(dtype).log_softmax(-1), draft.to(dtype)
-
-
-def by_definition(name: ObjectiveName, p: Tensor, q: Tensor, beyond: Tensor) -> Tensor:
-    """One row, straight from the formula; `beyond` is p's mass where q has none: []."""
-    middle = (p + q) / 2
-    return {
-        "soft_cross_entropy": lambda: -(p * q.log()).sum(),
-        "kl": lambda: (p * (p / q).log()).sum(),
-        "reverse_kl": lambda: (q * (q / p).log()).sum(),
-        "jsd": lambda: (
-            ((p * (p / middle).log()).sum() + beyond * math.log(2)) / 2
-            + (q * (q / middle).log()).sum() / 2
-        ),
-        "tv": lambda: ((p - q).abs().sum() + beyond) / 2,
-        "lk": lambda: -torch.minimum(p, q).sum().log(),
-        "hard_cross_entropy": lambda: -q[p.argmax()].log(),
-    }[name]()
 
 
 @objectives

@@ -7,13 +7,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from drafttrain.checkpoints.decoder_format import ExpectedTensors
+from drafttrain.checkpoints.decoder_format import ExpectedTensors, Shapes
 from drafttrain.checkpoints.manifest import Size
 from drafttrain.config import explain
 from drafttrain.errors import CheckpointError
 
-_QWEN3 = "Eagle3Qwen3ForCausalLM"
-ARCHITECTURES_EAGLE3 = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", _QWEN3)
+QWEN3 = "Eagle3Qwen3ForCausalLM"
+ARCHITECTURES_EAGLE3 = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", QWEN3)
 
 # The decoder layer has two names in the wild; shapes are listed under the first.
 LAYER = "midlayer."
@@ -51,12 +51,19 @@ def eagle3_tensors(parsed: Eagle3Config) -> ExpectedTensors:
     """The decoder layer is listed as ``midlayer.``; files may call it ``layers.0.``."""
     hidden, vocab = parsed.hidden_size, parsed.vocab_size
     features = parsed.num_aux_hidden_states * parsed.target_hidden_size
-    required: dict[str, tuple[int, ...]] = {
+    required: Shapes = {
         "fc.weight": (hidden, features),
         "norm.weight": (hidden,),
         "lm_head.weight": (parsed.draft_vocab_size, hidden),
     }
-    required |= {LAYER + name: shape for name, shape in _layer_tensors(parsed).items()}
+    first = _layer_tensors(parsed, 2 * hidden) | {"hidden_norm.weight": (hidden,)}
+    required |= {LAYER + name: shape for name, shape in first.items()}
+    optional: Shapes = {"t2d": (vocab,)}
+    for index in range(1, parsed.num_hidden_layers):
+        layer = _layer_tensors(parsed, hidden)
+        required |= {f"layers.{index}.{name}": shape for name, shape in layer.items()}
+        # The engine makes one for every layer and uses the first.
+        optional[f"layers.{index}.hidden_norm.weight"] = (hidden,)
     if parsed.norm_before_fc:
         required["input_norm.weight"] = (features,)
     if parsed.fc_norm:
@@ -64,25 +71,24 @@ def eagle3_tensors(parsed: Eagle3Config) -> ExpectedTensors:
             required[f"fc_norm.{index}.weight"] = (parsed.target_hidden_size,)
     if parsed.draft_vocab_size != vocab:
         required["d2t"] = (parsed.draft_vocab_size,)
-    optional: dict[str, tuple[int, ...]] = {"t2d": (vocab,)}
     # An absent embedding means the target's, which only fits a drafter of the same width.
     shared = hidden == parsed.target_hidden_size
     (optional if shared else required)["embed_tokens.weight"] = (vocab, hidden)
     return ExpectedTensors(required, optional)
 
 
-def _layer_tensors(config: Eagle3Config) -> dict[str, tuple[int, ...]]:
+def _layer_tensors(config: Eagle3Config, width: int) -> Shapes:
+    """Of a layer whose attention reads `width` features."""
     hidden, inner = config.hidden_size, config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
-    qwen3 = config.architectures == [_QWEN3]
-    tensors: dict[str, tuple[int, ...]] = {
+    qwen3 = config.architectures == [QWEN3]
+    tensors: Shapes = {
         "input_layernorm.weight": (hidden,),
-        "hidden_norm.weight": (hidden,),
         "post_attention_layernorm.weight": (hidden,),
-        "self_attn.q_proj.weight": (queries, 2 * hidden),
-        "self_attn.k_proj.weight": (keys, 2 * hidden),
-        "self_attn.v_proj.weight": (keys, 2 * hidden),
+        "self_attn.q_proj.weight": (queries, width),
+        "self_attn.k_proj.weight": (keys, width),
+        "self_attn.v_proj.weight": (keys, width),
         "self_attn.o_proj.weight": (hidden, queries),
         "mlp.gate_proj.weight": (inner, hidden),
         "mlp.up_proj.weight": (inner, hidden),
@@ -115,8 +121,6 @@ def parse_eagle3(config: dict[str, Any], where: str | Path) -> Eagle3Config:
     _check_layer_ids(parsed, eagle, where)
     if eagle.get("use_aux_hidden_state", True) is not True:
         raise CheckpointError(where, "eagle_config.use_aux_hidden_state", "expected true")
-    if parsed.num_hidden_layers != 1:
-        raise CheckpointError(where, "num_hidden_layers", "expected 1")
     if parsed.draft_vocab_size > parsed.vocab_size:
         problem = f"{parsed.draft_vocab_size}, expected at most vocab_size {parsed.vocab_size}"
         raise CheckpointError(where, "draft_vocab_size", problem)

@@ -4,6 +4,7 @@
 kind         ``config.json``                                   module
 ===========  ================================================  ========================
 eagle3       vLLM's raw layout                                 ``eagle3_format``
+eagle3       the layout of the ``speculators`` library         ``speculators_format``
 mtp          a policy family that ships MTP heads              ``mtp_format``
 draft_model  any other causal LM                               ``causal_format``
 ===========  ================================================  ========================
@@ -28,6 +29,7 @@ from drafttrain.checkpoints.eagle3_format import (
 )
 from drafttrain.checkpoints.manifest import Kind
 from drafttrain.checkpoints.mtp_format import family_of, mtp_tensors
+from drafttrain.checkpoints.speculators_format import as_raw, is_speculators
 from drafttrain.errors import CheckpointError
 
 __all__ = [
@@ -48,6 +50,8 @@ def kind_of(config: dict[str, Any], where: str | Path = "config.json") -> Kind:
     Raises:
         CheckpointError: none that can be checked and published.
     """
+    if is_speculators(config):
+        return "eagle3"
     architectures = config.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and len(architectures) == 1 else None
     if name in ARCHITECTURES_EAGLE3:
@@ -63,12 +67,15 @@ def kind_of(config: dict[str, Any], where: str | Path = "config.json") -> Kind:
 def with_defaults(config: dict[str, Any], where: str | Path = "config.json") -> dict[str, Any]:
     """`config` with what the engine fills in for absent keys written out, and checked.
 
+    One of the ``speculators`` layout comes back as the raw layout's, which says the same.
+
     Raises:
         CheckpointError: a key is missing, or its value is wrong or contradicts another.
     """
     kind = kind_of(config, where)
     if kind == "eagle3":
-        return {**config, **parse_eagle3(config, where).model_dump()}
+        raw = as_raw(config, where) if is_speculators(config) else config
+        return {**raw, **parse_eagle3(raw, where).model_dump()}
     expected_tensors(config, where)
     return {**config, "target_hidden_size": config["hidden_size"]} if kind == "mtp" else config
 
@@ -81,7 +88,8 @@ def expected_tensors(config: dict[str, Any], where: str | Path = "config.json") 
     """
     kind = kind_of(config, where)
     if kind == "eagle3":
-        return eagle3_tensors(parse_eagle3(config, where))
+        raw = as_raw(config, where) if is_speculators(config) else config
+        return eagle3_tensors(parse_eagle3(raw, where))
     return (mtp_tensors if kind == "mtp" else causal_tensors)(config, where)
 
 

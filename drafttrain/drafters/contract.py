@@ -60,6 +60,11 @@ class Drafter(nn.Module, ABC):
             rollout's end are meaningless.
         """
 
+    @property
+    def draft_ids(self) -> Tensor | None:
+        """Target ids of the head's rows, int64 [Vd], ascending; None when they are all of V."""
+        return None
+
     @abstractmethod
     def head_weight(self, policy_head: Tensor) -> Tensor:
         """What draft logits come from: the drafter's own head, or the policy's.
@@ -68,7 +73,7 @@ class Drafter(nn.Module, ABC):
             policy_head: the policy's ``lm_head`` [V, H].
 
         Returns:
-            [V, H_drafter].
+            [V, H_drafter], or [Vd, H_drafter] over a draft vocabulary (:attr:`draft_ids`).
         """
 
     @classmethod

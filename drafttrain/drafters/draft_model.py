@@ -19,6 +19,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from drafttrain.checkpoints.formats import kind_of
 from drafttrain.checkpoints.manifest import Kind, TargetFingerprint
@@ -27,6 +28,9 @@ from drafttrain.drafters.batch import Batch
 from drafttrain.drafters.contract import Drafter
 from drafttrain.drafters.policy import PolicyShape, read_config, read_tensors, weight_files
 from drafttrain.errors import CheckpointError
+
+# Exporting and loading happen at every publication: bars would fill the sidecar's log.
+disable_progress_bar()
 
 _LAYER = re.compile(r"(?P<before>.*\blayers\.)(?P<index>\d+)(?P<after>\..*)")
 
@@ -165,9 +169,11 @@ def _with_layers(policy: PolicyShape, layers: list[int]) -> PretrainedConfig:
 
 
 def _renumbered(names: list[str], layers: list[int]) -> dict[str, str]:
-    """Names in the policy's checkpoint to names in one that has only these layers."""
+    """Names in the policy's checkpoint to names in one that has only these layers, no MTP head."""
     kept = {}
     for name in names:
+        if "mtp" in name:
+            continue
         match = _LAYER.fullmatch(name)
         if match is None:
             kept[name] = name

@@ -18,7 +18,8 @@ hard_cross_entropy  -log q(argmax p)              a policy that is sampled at te
 A draft is accepted with probability sum(min(p, q)) under probabilistic drafting (Leviathan et al.,
 arXiv 2211.17192), with p(argmax q) under greedy drafting.
 
-Both arguments are log-probabilities [..., V], at the rollout's temperature. Over a draft vocabulary
+Both arguments are log-probabilities [..., V], at the rollout's temperature; those of the policy may
+lack leading dimensions that the draft's have. Over a draft vocabulary
 they are those of its tokens: log q is normalised over them, log p over the policy's whole
 vocabulary, so that p sums to less than one; what q cannot reach stays part of the value.
 """
@@ -113,13 +114,18 @@ def _lk_gradient(log_p: Tensor, log_q: Tensor) -> Tensor:
     return log_q.exp() * share.sum(-1, keepdim=True) - share
 
 
+def _first(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """The policy's most likely token, for each row of q: int64 [..., 1]."""
+    return log_p.argmax(-1, keepdim=True).expand(*log_q.shape[:-1], 1)
+
+
 def _hard_cross_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return -log_q.gather(-1, log_p.argmax(-1, keepdim=True))[..., 0]
+    return -log_q.gather(-1, _first(log_p, log_q))[..., 0]
 
 
 def _hard_cross_entropy_gradient(log_p: Tensor, log_q: Tensor) -> Tensor:
-    target = log_p.argmax(-1, keepdim=True)
-    return log_q.exp().scatter_add(-1, target, -torch.ones_like(target, dtype=log_q.dtype))
+    first = _first(log_p, log_q)
+    return log_q.exp().scatter_add(-1, first, -torch.ones_like(first, dtype=log_q.dtype))
 
 
 OBJECTIVES: dict[ObjectiveName, Objective] = {

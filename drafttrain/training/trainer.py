@@ -130,13 +130,15 @@ class Trainer:
         batch = make_batch(rollouts, layout, head)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             hidden = self.drafter.unroll(batch, head.embed_tokens, self.config.draft_tokens)
+            weight = self.drafter.head_weight(head.lm_head)
             result = draft_loss(
                 hidden,
-                self.drafter.head_weight(head.lm_head),
+                weight if self.config.train_head else weight.detach(),
                 batch,
                 head.lm_head,
                 objective=self.config.objective,
                 depth_decay=self.config.depth_decay,
+                draft_ids=self.drafter.draft_ids,
             )
         (result.loss * result.rows).backward()
         return result.loss.item() * result.rows, result.acceptance, result.rows
