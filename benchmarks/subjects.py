@@ -43,6 +43,29 @@ class Subject:
 
 SUBJECTS = [
     Subject("eagle3", "eagle3", "qwen3", {"layer_ids": (1, 2, 3)}),
+    Subject(
+        "eagle3, two Qwen3 layers",
+        "eagle3",
+        "qwen3",
+        {"layer_ids": (1, 2, 3), "qwen3": True, "num_hidden_layers": 2, "norm_output": True},
+    ),
+    Subject(
+        "eagle3, draft vocabulary",
+        "eagle3",
+        "qwen3",
+        {
+            "layer_ids": (0, 2, 4),
+            "draft_ids": torch.arange(0, 128, 2),
+            "fc_norm": True,
+            "norm_before_residual": True,
+        },
+    ),
+    Subject(
+        "eagle3, norm before fc",
+        "eagle3",
+        "qwen3",
+        {"layer_ids": (1, 4), "norm_before_fc": True, "attention_bias": True},
+    ),
     Subject("mtp of MiMo", "mtp", "mimo"),
     Subject("mtp for Qwen3", "mtp", "qwen3", overrides={"num_nextn_predict_layers": 1}),
     Subject("draft model of Qwen3", "draft_model", "qwen3", {"layers": [0]}),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drafttrain.checkpoints.eagle3_format import LAYER, LAYER_ALIAS, QWEN3
+from drafttrain.checkpoints.eagle3_format import ARCHITECTURES_EAGLE3, QWEN3
 from drafttrain.errors import CheckpointError
 
 _TYPE = "speculators_model_type"
@@ -28,7 +28,7 @@ _OWN: dict[str, Any] = {
     "norm_output": False,
     "eagle_aux_hidden_state_layer_ids": None,
 }
-_ARCHITECTURES = {"llama": "Eagle3LlamaForCausalLM", "qwen3": QWEN3}
+_ARCHITECTURES = {"llama": ARCHITECTURES_EAGLE3[0], "qwen3": QWEN3}
 
 
 def is_speculators(config: dict[str, Any]) -> bool:
@@ -90,15 +90,6 @@ def as_speculators(
         _LAYER_CONFIG: layer,
         **{key: config[key] for key in _OWN},
     }
-
-
-def speculators_tensors(tensors: dict[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
-    """Tensors of the raw layout, renamed; with ``t2d`` where there is ``d2t``."""
-    renamed = {
-        LAYER_ALIAS + name.removeprefix(LAYER) if name.startswith(LAYER) else name: tensor
-        for name, tensor in tensors.items()
-    }
-    return with_t2d(renamed, vocab_size)
 
 
 def with_t2d(tensors: dict[str, Tensor], vocab_size: int) -> dict[str, Tensor]:

@@ -22,7 +22,6 @@ from typing import Any, ClassVar, Self
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
 from drafttrain.checkpoints.manifest import Kind
 from drafttrain.drafters.batch import Batch
@@ -125,11 +124,13 @@ class Drafter(nn.Module, ABC):
 
 
 def write_drafter(
-    folder: Path, config: PretrainedConfig, tensors: dict[str, Tensor], dtype: torch.dtype
+    folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype
 ) -> None:
-    """Write a drafter folder: floating-point tensors in `dtype`, but those of :data:`_EXACT`."""
+    """Write a drafter folder: ``config.json`` and weights; floating-point tensors are written in
+    `dtype`, but for those of :data:`_EXACT`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    document = config.to_diff_dict() | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    document = config | {"torch_dtype": str(dtype).removeprefix("torch.")}
     (folder / "config.json").write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
 
     def as_written(name: str, tensor: Tensor) -> Tensor:

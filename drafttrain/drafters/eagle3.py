@@ -29,13 +29,13 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 
 from drafttrain.checkpoints.eagle3_format import ARCHITECTURES_EAGLE3, LAYER, LAYER_ALIAS, QWEN3
 from drafttrain.checkpoints.manifest import Kind, TargetFingerprint
-from drafttrain.checkpoints.speculators_format import with_t2d
+from drafttrain.checkpoints.speculators_format import as_speculators, with_t2d
 from drafttrain.checkpoints.verify import verify
 from drafttrain.drafters.batch import Batch
 from drafttrain.drafters.contract import Drafter, write_drafter
 from drafttrain.drafters.eagle3_layer import AttentionPlans, Eagle3Layer, Rotation, UnrolledLayer
 from drafttrain.drafters.kernels import compute_dtype, unit_rms
-from drafttrain.drafters.policy import PolicyShape, read_policy_head
+from drafttrain.drafters.policy import PolicyShape, read_config, read_policy_head
 from drafttrain.errors import CheckpointError
 
 # What a drafter's config says for itself; the rest is the policy's.
@@ -213,7 +213,24 @@ class Eagle3Drafter(Drafter):
             name.replace(LAYER_ALIAS, LAYER, 1): tensor
             for name, tensor in self.state_dict().items()
         }
-        write_drafter(folder, self.config, with_t2d(tensors, self.config.vocab_size), dtype)
+        tensors = with_t2d(tensors, self.config.vocab_size)
+        write_drafter(folder, self.config.to_diff_dict(), tensors, dtype)
+
+    def export_speculators(
+        self, folder: Path, policy: Path, *, k: int, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Write the layout of the ``speculators`` library; the folder alone starts ``vllm serve``.
+
+        Args:
+            folder: to write.
+            policy: the policy's folder, named in it.
+            k: draft tokens that are then drafted.
+            dtype: of the weights.
+        """
+        architectures = read_config(policy)["architectures"]
+        config = as_speculators(self.config.to_diff_dict(), str(policy), architectures, k)
+        tensors = with_t2d(self.state_dict(), self.config.vocab_size)
+        write_drafter(folder, config, tensors, dtype)
 
 
 def _config_class(architectures: list[str]) -> type[PretrainedConfig]:

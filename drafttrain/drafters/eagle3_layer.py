@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from drafttrain.checkpoints.eagle3_format import QWEN3
 from drafttrain.drafters.attention import AttentionPlan, attend
@@ -53,7 +54,7 @@ class Eagle3Layer(nn.Module):
         self.hidden_norm = LlamaRMSNorm(hidden, **norm) if first else None
         self.post_attention_layernorm = LlamaRMSNorm(hidden, **norm)
         self.self_attn = Eagle3Attention(config, 2 * hidden if first else hidden)
-        self.mlp = LlamaMLP(config)
+        self.mlp = (Qwen3MLP if config.architectures == [QWEN3] else LlamaMLP)(config)
 
 
 class AttentionPlans:

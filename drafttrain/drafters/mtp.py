@@ -165,7 +165,7 @@ class MTPDrafter(Drafter):
     def export(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         config = copy.deepcopy(self.config)
         config.architectures = [self.family.architecture]
-        write_drafter(folder, config, self.head_tensors(), dtype)
+        write_drafter(folder, config.to_diff_dict(), self.head_tensors(), dtype)
 
     def stitch(self, policy: Path, out: Path) -> None:
         """Copy a policy's folder with this head in place of its own.
