@@ -28,7 +28,7 @@ from drafttrain.control.acceptance import DraftSampleMethod, estimate_acceptance
 from drafttrain.drafters import Drafter, PolicyShape, load_drafter
 from drafttrain.drafters.batch import make_batch
 from drafttrain.pretrain import pretrain
-from drafttrain.rollouts.record import PolicyHead, Rollout
+from drafttrain.rollouts.record import Rollout
 from drafttrain.rollouts.replay import Replay
 
 K = 3
@@ -158,7 +158,7 @@ class Bench:
         return load_drafter(trained, self.shape)
 
 
-class recording:  # noqa: N801
+class recording:
     """Lists the rounds an engine verifies, as its scheduler hands them to the model runner."""
 
     def __init__(self, engine: Engine) -> None:

@@ -112,7 +112,9 @@ def test_every_layout_holds_the_same_bits(
     first.export_speculators(tmp_path / "speculators", policy_folder, k=2)
     second = load_drafter(tmp_path / "speculators", policy)
     second.export(tmp_path / "again", torch.float32)
-    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("raw", "again"))
+    expected, found = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("raw", "again")
+    )
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, found[name]), name

@@ -55,8 +55,8 @@ class Drafter(nn.Module, ABC):
 
         Returns:
             float [depths, R, H_drafter], for the R entries of ``batch.rounds``; entry [j, i] times
-            :meth:`head_weight` gives the logits for ``tokens[rounds[i] + 2 + j]``. Entries that run past a
-            rollout's end are meaningless.
+            :meth:`head_weight` gives the logits for ``tokens[rounds[i] + 2 + j]``. Entries that run
+            past a rollout's end are meaningless.
         """
 
     @property

@@ -85,9 +85,10 @@ class Eagle3Drafter(Drafter):
         if hidden != read:
             self.embed_tokens = nn.Embedding(config.vocab_size, hidden).requires_grad_(False)
         self.rotary = LlamaRotaryEmbedding(config)
-        reduced = config.draft_vocab_size != config.vocab_size
         self.d2t: Tensor | None
-        self.register_buffer("d2t", torch.zeros(config.draft_vocab_size).long() if reduced else None)
+        reduced = config.draft_vocab_size != config.vocab_size
+        offsets = torch.zeros(config.draft_vocab_size, dtype=torch.int64) if reduced else None
+        self.register_buffer("d2t", offsets)
 
     @property
     def draft_ids(self) -> Tensor | None:

@@ -164,8 +164,9 @@ class UnrolledLayer:
         by_head = qkv.view(-1, heads + 2 * kv_heads, attention.head_dim)
         turned, value = by_head.split([heads + kv_heads, kv_heads], 1)
         if attention.q_norm is not None and attention.k_norm is not None:
-            weights = attention.q_norm.weight.expand(heads, -1), attention.k_norm.weight.expand(
-                kv_heads, -1
+            weights = (
+                attention.q_norm.weight.expand(heads, -1),
+                attention.k_norm.weight.expand(kv_heads, -1),
             )
             turned = unit_rms(turned, self.eps) * torch.cat(weights).to(turned.dtype)
         query, key = rotate(turned, *rotation).split([heads, kv_heads], 1)

@@ -21,7 +21,7 @@ _EMBEDDING = "model.embed_tokens.weight"
 _FINAL_NORM = "model.norm.weight"
 _LM_HEAD = "lm_head.weight"
 
-# Policies whose own configuration class is remote code, and the class they differ from in name only.
+# Policies whose configuration class is remote code, and the one it differs from in name only.
 _KNOWN_AS = {"mimo": "qwen2", "kimi_k2": "deepseek_v3"}
 
 

@@ -49,7 +49,7 @@ def stitch_tensors(
         else:
             shutil.copy2(file, out / file.name)
     dtype = _dtype_of(policy, files)
-    added = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+    added = {name: tensor.detach().to("cpu", dtype).clone() for name, tensor in tensors.items()}
     save_file(added, out / _ADDED, metadata={"format": "pt"})
     table = {name: file.name for name, file in files.items()} | dict.fromkeys(tensors, _ADDED)
     (out / _INDEX).write_text(json.dumps({"metadata": {}, "weight_map": table}, indent=2) + "\n")

@@ -155,7 +155,15 @@ def draft_loss(
     weights = weights / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
     chunk = chunk or max(1, _CHUNK_ELEMENTS // (len(hidden) * len(draft_head)))
     loss, overlap = _ChunkedLoss.apply(
-        hidden, draft_head, batch, policy_head, rows, values_of(objective), weights, draft_ids, chunk
+        hidden,
+        draft_head,
+        batch,
+        policy_head,
+        rows,
+        values_of(objective),
+        weights,
+        draft_ids,
+        chunk,
     )
     counts = rows.drafted.sum(1).clamp_min(1)
     return DraftLoss(loss, overlap / counts, len(rows.row))
