@@ -1,1 +1,1 @@
-"""Measurements against other trainers, run by hand: ``python -m benchmarks.train_step``."""
+"""Measurements that users and maintainers can run again: ``python -m benchmarks.<name>``."""

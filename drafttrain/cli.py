@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from drafttrain import __version__
-from drafttrain.errors import CheckpointError, DrafttrainError
+from drafttrain.errors import CheckpointError, ConfigError, DrafttrainError
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -50,6 +50,10 @@ def _positive(text: str) -> int:
     return value
 
 
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
 def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     command.set_defaults(handler=run)
@@ -68,9 +72,17 @@ def _add_demo(commands: Any) -> None:
 def _add_training(commands: Any) -> None:
     init = _command(commands, "init", _init, "a new drafter for a policy")
     init.add_argument("--target", type=Path, required=True, help="the policy's folder")
-    init.add_argument("--kind", choices=["eagle3"], default="eagle3")
+    init.add_argument("--kind", choices=["eagle3", "mtp", "draft_model"], default="eagle3")
     init.add_argument("--out", type=Path, required=True, help="folder for the drafter")
     init.add_argument("--seed", type=int, default=0)
+    init.add_argument(
+        "--layers", type=_numbers, help="eagle3: aux layers it reads; draft_model: layers it takes"
+    )
+    init.add_argument("--source", type=Path, help="draft_model: a causal LM to start from")
+    init.add_argument(
+        "--draft-vocab", type=_positive, metavar="N", help="eagle3: tokens it can draft"
+    )
+    init.add_argument("--rollouts", type=Path, help="a spool to choose those tokens from")
 
     pretrain = _command(commands, "pretrain", _pretrain, "train a drafter from saved rollouts")
     pretrain.add_argument("--target", type=Path, required=True, help="the policy's folder")
@@ -99,6 +111,18 @@ def _add_checkpoints(commands: Any) -> None:
     verify = _command(commands, "verify", _verify, "check a drafter folder")
     verify.add_argument("folder", type=Path, metavar="DIR")
     verify.add_argument("--target", type=Path, help="the policy it must fit")
+
+    export = _command(commands, "export", _export, "write a drafter in another layout")
+    export.add_argument("folder", type=Path, metavar="DIR")
+    export.add_argument("--target", type=Path, required=True, help="the policy's folder")
+    export.add_argument("--out", type=Path, required=True, help="folder to write")
+    export.add_argument(
+        "--layout",
+        choices=["raw", "speculators", "policy"],
+        required=True,
+        help="raw: vLLM's and SGLang's; policy: an MTP head put into a copy of its policy",
+    )
+    export.add_argument("--k", type=_positive, default=3, help="draft tokens, for speculators")
 
     publish = _command(commands, "publish", _publish, "put a drafter folder into a registry")
     publish.add_argument("folder", type=Path, metavar="DIR")
@@ -142,15 +166,61 @@ def _init(options: argparse.Namespace) -> None:
     import torch
 
     from drafttrain.drafters import KINDS, PolicyShape
-    from drafttrain.drafters.policy import read_policy_head
 
     torch.manual_seed(options.seed)
     policy = PolicyShape.from_folder(options.target)
-    drafter = KINDS[options.kind].initialise(policy)
-    head = read_policy_head(options.target, policy)
-    drafter.adopt_head(head.lm_head, head.final_norm)
+    chosen = _init_options(options, policy.vocab_size)
+    drafter = KINDS[options.kind].from_policy(options.target, policy, **chosen)
     drafter.export(options.out, torch.float32)
     print(f"{options.out}: a new {options.kind} drafter for {options.target}")
+
+
+def _init_options(options: argparse.Namespace, vocab_size: int) -> dict[str, Any]:
+    """Those of the kind; others are refused."""
+    takes = {"eagle3": {"layers", "draft_vocab", "rollouts"}, "draft_model": {"layers", "source"}}
+    given = {"layers", "draft_vocab", "rollouts", "source"} & {
+        name for name, value in vars(options).items() if value is not None
+    }
+    if foreign := given - takes.get(options.kind, set()):
+        flag = min(foreign).replace("_", "-")
+        raise ConfigError("init", f"--{flag}", f"is not for a drafter of kind {options.kind}")
+    if options.kind == "draft_model":
+        return {"layers": options.layers, "source": options.source}
+    chosen: dict[str, Any] = {"layer_ids": tuple(options.layers)} if options.layers else {}
+    if options.draft_vocab is not None:
+        chosen["draft_ids"] = _draft_ids(options.rollouts, vocab_size, options.draft_vocab)
+    return chosen
+
+
+def _draft_ids(rollouts: Path | None, vocab_size: int, size: int) -> Any:
+    from drafttrain.drafters.vocabulary import choose_vocabulary
+    from drafttrain.rollouts.replay import Replay
+
+    if rollouts is None:
+        raise ConfigError("init", "--rollouts", "is needed to choose a draft vocabulary")
+    replay = Replay(rollouts)
+    replay.refresh()
+    vocabulary = choose_vocabulary(replay.training, vocab_size, size)
+    print(f"draft vocabulary: {size} tokens hold {vocabulary.coverage:.2%} of those sampled")
+    return vocabulary.ids
+
+
+def _export(options: argparse.Namespace) -> None:
+    import torch
+
+    from drafttrain.drafters import Eagle3Drafter, MTPDrafter, PolicyShape, load_drafter
+
+    drafter = load_drafter(options.folder, PolicyShape.from_folder(options.target))
+    if options.layout == "raw":
+        drafter.export(options.out, torch.float32)
+    elif options.layout == "speculators" and isinstance(drafter, Eagle3Drafter):
+        drafter.export_speculators(options.out, options.target, k=options.k)
+    elif options.layout == "policy" and isinstance(drafter, MTPDrafter):
+        drafter.stitch(options.target, options.out)
+    else:
+        problem = f"{options.layout}: no layout of kind {drafter.kind}"
+        raise CheckpointError(options.folder, "--layout", problem)
+    print(f"{options.out}: {drafter.kind} drafter, layout {options.layout}")
 
 
 def _pretrain(options: argparse.Namespace) -> None:

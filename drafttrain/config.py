@@ -25,7 +25,9 @@ class Section(BaseModel):
 class TrainingConfig(Section):
     """How the drafter learns."""
 
-    objective: Literal["soft_cross_entropy", "tv", "lk"] = "lk"
+    objective: Literal[
+        "soft_cross_entropy", "kl", "reverse_kl", "jsd", "tv", "lk", "hard_cross_entropy"
+    ] = "lk"
     """Objective; ``lk`` and ``tv`` fit probabilistic drafts, ``soft_cross_entropy`` greedy ones."""
     draft_tokens: int = Field(3, ge=1, le=16)
     """Depths of training-time test, and k of the acceptance estimate. Set it to the engine's k."""
@@ -42,6 +44,10 @@ class TrainingConfig(Section):
     seed: int = 0
     precision: Literal["float32", "bfloat16"] = "float32"
     """What is computed in; the drafter's own weights stay float32."""
+    train_head: bool = True
+    """Whether a drafter's own output head is trained, or stays as it is."""
+    lora_rank: int | None = Field(None, ge=1)
+    """Draft models: train low-rank additions (LoRA) of this rank instead of all weights."""
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of published weights; the engine's own."""
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import Qwen3Config
 
 from drafttrain.drafters.eagle3 import Eagle3Drafter
@@ -88,3 +92,8 @@ def _rollout(
         temperature=1.0,
         finish_reason="stop",
     )
+
+
+def write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """In place of a drafter folder's own."""
+    save_file(tensors, folder / "model.safetensors")

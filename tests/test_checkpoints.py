@@ -88,7 +88,6 @@ def test_eagle3_tensors_are_those_of_the_engine() -> None:
         ({"vocab_size": 21}, "vocab_size"),
         ({"target_hidden_size": 16}, "target_hidden_size"),
         ({"draft_vocab_size": 21}, "draft_vocab_size"),
-        ({"num_hidden_layers": 2}, "num_hidden_layers"),
         ({"norm_output": "yes"}, "norm_output"),
         ({"eagle_config": [1]}, "eagle_config"),
         ({"eagle_config": {"use_aux_hidden_state": False}}, "eagle_config.use_aux_hidden_state"),

@@ -82,7 +82,7 @@ def draft_one_round(
     Returns:
         [depths, H].
     """
-    layer = drafter.midlayer
+    layer = drafter.layers[0]
     attended_by = layer.self_attn
     features = [drafter.fc(aux[s].flatten()) for s in range(slot + 1)]
     outputs = []
@@ -116,7 +116,7 @@ def test_unroll_equals_drafting_token_by_token(
     monkeypatch.setattr(attention, "_SQUARE_AT_ONCE", square_at_once)
     policy = making.policy_shape()
     drafter = tiny_drafter(policy)
-    drafter.midlayer.norm_before_residual = norm_before_residual
+    drafter.layers[0].norm_before_residual = norm_before_residual
     batch = tiny_batch(policy, lengths=[14, 13, 9], prompts=[2, 4, 1])
     embed = torch.randn(policy.vocab_size, policy.hidden_size, dtype=torch.float64)
     unrolled = drafter.unroll(batch, embed, DEPTHS)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from objective_reference import by_definition
 from torch import Tensor
 
 from drafttrain.drafters.batch import Batch
-from drafttrain.training.losses import OBJECTIVES, Objective, draft_loss
+from drafttrain.training.losses import draft_loss
+from drafttrain.training.objectives import OBJECTIVES, ObjectiveName
 
 H, V, DEPTHS = 8, 17, 3
 PROMPTS, LENGTHS = [4, 2, 6], [14, 11, 9]
@@ -31,10 +33,19 @@ def make_batch(scale: float, seed: int = 0) -> Batch:
 
 
 def reference_loss(
-    hidden: Tensor, head: Tensor, batch: Batch, policy_head: Tensor, objective: Objective
+    hidden: Tensor,
+    head: Tensor,
+    batch: Batch,
+    policy_head: Tensor,
+    objective: ObjectiveName,
+    draft_ids: Tensor | None = None,
+    token_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One row, one depth at a time, straight from the definitions; float64."""
-    values, overlaps = [], [[] for _ in range(DEPTHS)]
+    values, weights, overlaps = [], [], [[] for _ in range(DEPTHS)]
+    drafted = torch.arange(V) if draft_ids is None else draft_ids
+    if token_weights is None:
+        token_weights = torch.ones(len(batch.tokens), dtype=torch.float64)
     starts = batch.rounds.tolist()
     for b, (prompt, length) in enumerate(zip(PROMPTS, LENGTHS, strict=True)):
         first, temperature = int(batch.offsets[b]), batch.temperatures[b]
@@ -44,25 +55,24 @@ def reference_loss(
                 row = slot + 1 + depth
                 if row >= length or not batch.captured[first + row] or first + slot not in starts:
                     continue
-                p = (policy_head @ batch.last_hidden[first + row] / temperature).softmax(-1)
+                p = (policy_head @ batch.last_hidden[first + row] / temperature).softmax(-1)[
+                    drafted
+                ]
                 drafting = hidden[depth, starts.index(first + slot)]
                 q = (head @ drafting / temperature).softmax(-1)
-                overlap = torch.minimum(p, q).sum()
-                value = {
-                    "soft_cross_entropy": -(p * q.log()).sum(),
-                    "tv": 0.5 * (p - q).abs().sum(),
-                    "lk": -overlap.log(),
-                }[objective]
-                values.append(value)
-                overlaps[depth].append(overlap.detach())
-    return torch.stack(values).mean(), torch.stack([torch.stack(o).mean() for o in overlaps])
+                values.append(by_definition(objective, p, q, 1 - p.sum()))
+                weights.append(token_weights[first + row + 1])
+                overlaps[depth].append(torch.minimum(p, q).sum().detach())
+    weight = torch.stack(weights)
+    loss = (torch.stack(values) * weight).sum() / weight.sum()
+    return loss, torch.stack([torch.stack(o).mean() for o in overlaps])
 
 
 @pytest.mark.parametrize("objective", list(OBJECTIVES))
 @pytest.mark.parametrize("scale", [0.1, 1.0, 6.0], ids=["flat", "mixed", "peaked"])
 @pytest.mark.parametrize("chunk", [1, 5, 1000])
 def test_loss_and_gradients_equal_the_eager_reference(
-    objective: Objective, scale: float, chunk: int
+    objective: ObjectiveName, scale: float, chunk: int
 ) -> None:
     batch = make_batch(scale)
     generator = torch.Generator().manual_seed(1)
@@ -83,6 +93,38 @@ def test_loss_and_gradients_equal_the_eager_reference(
     torch.testing.assert_close(result.acceptance, overlap)
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(grad, expected_grad)
+
+
+@pytest.mark.parametrize("objective", list(OBJECTIVES))
+def test_a_draft_vocabulary_and_weights_of_tokens(objective: ObjectiveName) -> None:
+    batch = make_batch(1.0)
+    generator = torch.Generator().manual_seed(1)
+    draft_ids = torch.tensor([0, 3, 4, 9, 16])
+    token_weights = torch.rand(len(batch.tokens), generator=generator, dtype=torch.float64)
+    hidden = torch.randn(DEPTHS, len(batch.rounds), H, generator=generator, dtype=torch.float64)
+    head = torch.randn(len(draft_ids), H, generator=generator, dtype=torch.float64)
+    policy_head = torch.randn(V, H, generator=generator, dtype=torch.float64)
+    hidden.requires_grad_()
+    head.requires_grad_()
+
+    more = {"draft_ids": draft_ids, "token_weights": token_weights}
+    expected, overlap = reference_loss(hidden, head, batch, policy_head, objective, **more)
+    expected_grads = torch.autograd.grad(expected, (hidden, head))
+    result = draft_loss(hidden, head, batch, policy_head, objective=objective, chunk=4, **more)
+    torch.testing.assert_close(result.loss, expected)
+    torch.testing.assert_close(result.acceptance, overlap)
+    grads = torch.autograd.grad(result.loss, (hidden, head))
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad)
+
+
+def test_a_frozen_head_gets_no_gradient() -> None:
+    batch = make_batch(1.0)
+    hidden = torch.randn(DEPTHS, len(batch.rounds), H, dtype=torch.float64, requires_grad=True)
+    head = torch.randn(V, H, dtype=torch.float64)
+    draft_loss(hidden, head, batch, head).loss.backward()
+    assert hidden.grad is not None
+    assert head.grad is None
 
 
 def test_depth_decay_weighs_the_depths() -> None:

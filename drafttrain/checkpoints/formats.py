@@ -1,68 +1,47 @@
 """The checkpoint formats an engine loads, described so that a folder can be checked against them.
 
-One format today: ``eagle3`` in vLLM's raw layout (vLLM 0.32, ``model_executor/models/`` files
-``llama_eagle3.py`` and ``qwen3_eagle3.py``). A format is a typed view of ``config.json`` and, from
-it, the tensors with their shapes (:func:`expected_tensors`).
+===========  ================================================  ========================
+kind         ``config.json``                                   module
+===========  ================================================  ========================
+eagle3       vLLM's raw layout                                 ``eagle3_format``
+eagle3       the layout of the ``speculators`` library         ``speculators_format``
+mtp          a policy family that ships MTP heads              ``mtp_format``
+draft_model  any other causal LM                               ``causal_format``
+===========  ================================================  ========================
+
+A format is a checked ``config.json`` (:func:`with_defaults`) and, from it, the tensors with their
+shapes (:func:`expected_tensors`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from drafttrain.checkpoints.manifest import Kind, Size
-from drafttrain.config import explain
+from drafttrain.checkpoints.causal_format import causal_tensors
+from drafttrain.checkpoints.decoder_format import ExpectedTensors
+from drafttrain.checkpoints.eagle3_format import (
+    ARCHITECTURES_EAGLE3,
+    LAYER,
+    LAYER_ALIAS,
+    eagle3_tensors,
+    parse_eagle3,
+)
+from drafttrain.checkpoints.manifest import Kind
+from drafttrain.checkpoints.mtp_format import family_of, mtp_tensors
+from drafttrain.checkpoints.speculators_format import as_raw, is_speculators
 from drafttrain.errors import CheckpointError
 
-_QWEN3 = "Eagle3Qwen3ForCausalLM"
-ARCHITECTURES_EAGLE3 = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", _QWEN3)
-
-# The decoder layer has two names in the wild; shapes are listed under the first.
-LAYER = "midlayer."
-LAYER_ALIAS = "layers.0."
-
-_LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
-
-
-class Eagle3Config(BaseModel):
-    """What decides the tensors of an Eagle3 drafter; defaults are the engine's."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
-
-    architectures: list[str]
-    hidden_size: Size
-    intermediate_size: Size
-    num_attention_heads: Size
-    num_key_value_heads: Size
-    num_hidden_layers: Size
-    head_dim: Size
-    vocab_size: Size
-    """Of the target."""
-    draft_vocab_size: Size
-    target_hidden_size: Size
-    eagle_aux_hidden_state_layer_ids: list[int]
-    num_aux_hidden_states: Size
-    norm_before_residual: bool = False
-    norm_before_fc: bool = False
-    fc_norm: bool = False
-    norm_output: bool = False
-    attention_bias: bool = False
-
-
-@dataclass(frozen=True)
-class ExpectedTensors:
-    """Names and shapes of a checkpoint's tensors.
-
-    Attributes:
-        required: must be there.
-        optional: may be there; nothing else may.
-    """
-
-    required: dict[str, tuple[int, ...]]
-    optional: dict[str, tuple[int, ...]]
+__all__ = [
+    "ARCHITECTURES_EAGLE3",
+    "LAYER",
+    "LAYER_ALIAS",
+    "ExpectedTensors",
+    "aux_layer_ids",
+    "expected_tensors",
+    "kind_of",
+    "with_defaults",
+]
 
 
 def kind_of(config: dict[str, Any], where: str | Path = "config.json") -> Kind:
@@ -71,125 +50,50 @@ def kind_of(config: dict[str, Any], where: str | Path = "config.json") -> Kind:
     Raises:
         CheckpointError: none that can be checked and published.
     """
-    architectures = config.get("architectures")
-    if architectures in [[name] for name in ARCHITECTURES_EAGLE3]:
+    if is_speculators(config):
         return "eagle3"
-    problem = f"{architectures!r:.120}, expected one of {', '.join(ARCHITECTURES_EAGLE3)}"
+    architectures = config.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and len(architectures) == 1 else None
+    if name in ARCHITECTURES_EAGLE3:
+        return "eagle3"
+    if isinstance(name, str) and name.endswith("ForCausalLM"):
+        # The engine takes a family that has MTP heads for one, whatever it is asked to do with it.
+        return "mtp" if family_of(config) else "draft_model"
+    known = ", ".join(ARCHITECTURES_EAGLE3)
+    problem = f"{architectures!r:.120}, expected one of {known}, or a causal language model's"
     raise CheckpointError(where, "architectures", problem)
 
 
 def with_defaults(config: dict[str, Any], where: str | Path = "config.json") -> dict[str, Any]:
     """`config` with what the engine fills in for absent keys written out, and checked.
 
+    One of the ``speculators`` layout comes back as the raw layout's, which says the same.
+
     Raises:
         CheckpointError: a key is missing, or its value is wrong or contradicts another.
     """
-    return {**config, **_parse_eagle3(config, where).model_dump()}
+    kind = kind_of(config, where)
+    if kind == "eagle3":
+        raw = as_raw(config, where) if is_speculators(config) else config
+        return {**raw, **parse_eagle3(raw, where).model_dump()}
+    expected_tensors(config, where)
+    return {**config, "target_hidden_size": config["hidden_size"]} if kind == "mtp" else config
 
 
 def expected_tensors(config: dict[str, Any], where: str | Path = "config.json") -> ExpectedTensors:
     """The tensors a checkpoint with this ``config.json`` must and may hold.
 
-    The decoder layer is listed as ``midlayer.``; files may call it ``layers.0.``.
-
     Raises:
         CheckpointError: as :func:`with_defaults`.
     """
-    parsed = _parse_eagle3(config, where)
-    hidden, vocab = parsed.hidden_size, parsed.vocab_size
-    features = parsed.num_aux_hidden_states * parsed.target_hidden_size
-    required: dict[str, tuple[int, ...]] = {
-        "fc.weight": (hidden, features),
-        "norm.weight": (hidden,),
-        "lm_head.weight": (parsed.draft_vocab_size, hidden),
-    }
-    required |= {LAYER + name: shape for name, shape in _layer_tensors(parsed).items()}
-    if parsed.norm_before_fc:
-        required["input_norm.weight"] = (features,)
-    if parsed.fc_norm:
-        for index in range(parsed.num_aux_hidden_states):
-            required[f"fc_norm.{index}.weight"] = (parsed.target_hidden_size,)
-    if parsed.draft_vocab_size != vocab:
-        required["d2t"] = (parsed.draft_vocab_size,)
-    optional: dict[str, tuple[int, ...]] = {"t2d": (vocab,)}
-    # An absent embedding means the target's, which only fits a drafter of the same width.
-    shared = hidden == parsed.target_hidden_size
-    (optional if shared else required)["embed_tokens.weight"] = (vocab, hidden)
-    return ExpectedTensors(required, optional)
+    kind = kind_of(config, where)
+    if kind == "eagle3":
+        raw = as_raw(config, where) if is_speculators(config) else config
+        return eagle3_tensors(parse_eagle3(raw, where))
+    return (mtp_tensors if kind == "mtp" else causal_tensors)(config, where)
 
 
-def _layer_tensors(config: Eagle3Config) -> dict[str, tuple[int, ...]]:
-    hidden, inner = config.hidden_size, config.intermediate_size
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    qwen3 = config.architectures == [_QWEN3]
-    tensors: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (hidden,),
-        "hidden_norm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-        "self_attn.q_proj.weight": (queries, 2 * hidden),
-        "self_attn.k_proj.weight": (keys, 2 * hidden),
-        "self_attn.v_proj.weight": (keys, 2 * hidden),
-        "self_attn.o_proj.weight": (hidden, queries),
-        "mlp.gate_proj.weight": (inner, hidden),
-        "mlp.up_proj.weight": (inner, hidden),
-        "mlp.down_proj.weight": (hidden, inner),
-    }
-    if config.attention_bias:
-        tensors["self_attn.q_proj.bias"] = (queries,)
-        tensors["self_attn.k_proj.bias"] = tensors["self_attn.v_proj.bias"] = (keys,)
-        if not qwen3:
-            tensors["self_attn.o_proj.bias"] = (hidden,)
-    if qwen3:
-        tensors["self_attn.q_norm.weight"] = (config.head_dim,)
-        tensors["self_attn.k_norm.weight"] = (config.head_dim,)
-    return tensors
-
-
-def _parse_eagle3(config: dict[str, Any], where: str | Path) -> Eagle3Config:
-    kind_of(config, where)
-    eagle = config.get("eagle_config") or {}
-    if not isinstance(eagle, dict):
-        raise CheckpointError(where, "eagle_config", "expected an object")
-    try:
-        parsed = Eagle3Config.model_validate(_filled(config, eagle))
-    except ValidationError as error:
-        raise explain(error, where, CheckpointError) from error
-    _check_layer_ids(parsed, eagle, where)
-    if eagle.get("use_aux_hidden_state", True) is not True:
-        raise CheckpointError(where, "eagle_config.use_aux_hidden_state", "expected true")
-    if parsed.num_hidden_layers != 1:
-        raise CheckpointError(where, "num_hidden_layers", "expected 1")
-    if parsed.draft_vocab_size > parsed.vocab_size:
-        problem = f"{parsed.draft_vocab_size}, expected at most vocab_size {parsed.vocab_size}"
-        raise CheckpointError(where, "draft_vocab_size", problem)
-    return parsed
-
-
-def _filled(config: dict[str, Any], eagle: dict[str, Any]) -> dict[str, Any]:
-    filled = {key: value for key, value in config.items() if value is not None}
-    hidden, heads = filled.get("hidden_size"), filled.get("num_attention_heads")
-    ids = filled.get(_LAYER_IDS, eagle.get(_LAYER_IDS))
-    defaults = {
-        _LAYER_IDS: ids,
-        "num_aux_hidden_states": len(ids) if isinstance(ids, list) else None,
-        "num_key_value_heads": heads,
-        "target_hidden_size": hidden,
-        "draft_vocab_size": filled.get("vocab_size"),
-    }
-    if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
-        defaults["head_dim"] = hidden // heads
-    # The engine reads this one from the inner object first.
-    inner = {"norm_before_fc": eagle["norm_before_fc"]} if "norm_before_fc" in eagle else {}
-    present = {key: value for key, value in defaults.items() if value is not None}
-    return {**present, **filled, **inner}
-
-
-def _check_layer_ids(config: Eagle3Config, eagle: dict[str, Any], where: str | Path) -> None:
-    ids = config.eagle_aux_hidden_state_layer_ids
-    if eagle.get(_LAYER_IDS, ids) != ids:
-        raise CheckpointError(where, f"eagle_config.{_LAYER_IDS}", f"differs from {ids} above it")
-    # Ascending too: the engine sorts them, and would hand the drafter its features in that order.
-    if ids != sorted(set(ids)) or len(ids) != config.num_aux_hidden_states or min(ids) < 0:
-        problem = f"{ids}, expected {config.num_aux_hidden_states} distinct layers, ascending"
-        raise CheckpointError(where, _LAYER_IDS, problem)
+def aux_layer_ids(config: dict[str, Any]) -> list[int]:
+    """The policy's aux layers that a drafter with this checked ``config.json`` reads."""
+    ids: list[int] = config.get("eagle_aux_hidden_state_layer_ids", [])
+    return ids

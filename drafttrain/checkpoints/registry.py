@@ -28,7 +28,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from drafttrain import __version__
-from drafttrain.checkpoints.formats import kind_of
+from drafttrain.checkpoints.formats import aux_layer_ids, kind_of
 from drafttrain.checkpoints.manifest import (
     FILE_NAME,
     SCHEMA_VERSION,
@@ -121,7 +121,7 @@ class Registry:
                     created_at=datetime.now(UTC).isoformat(timespec="seconds"),
                     code=__version__,
                     target=target,
-                    layer_ids=source.config["eagle_aux_hidden_state_layer_ids"],
+                    layer_ids=aux_layer_ids(source.config),
                     files=files,
                     tensors=_specs(source),
                     lineage=lineage,

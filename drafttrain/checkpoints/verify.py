@@ -20,6 +20,7 @@ from torch import Tensor
 from drafttrain.checkpoints.formats import (
     LAYER,
     LAYER_ALIAS,
+    aux_layer_ids,
     expected_tensors,
     kind_of,
     with_defaults,
@@ -130,7 +131,7 @@ def _check_manifest(
     path = folder / FILE_NAME
     if manifest.kind != kind_of(config):
         raise CheckpointError(path, "kind", f"{manifest.kind}, but the config says otherwise")
-    if manifest.layer_ids != config["eagle_aux_hidden_state_layer_ids"]:
+    if manifest.layer_ids != aux_layer_ids(config):
         raise CheckpointError(path, "layer_ids", f"{manifest.layer_ids} differ from the config's")
     listed = {name: (spec.dtype, tuple(spec.shape)) for name, spec in manifest.tensors.items()}
     found = {name: (dtype_name(tensor), tuple(tensor.shape)) for name, tensor in tensors.items()}
@@ -146,14 +147,15 @@ def _check_target(
         ("target_hidden_size", target.hidden_size),
         ("vocab_size", target.vocab_size),
     ):
-        if config[field] != expected:
+        # A draft model reads nothing of the policy's, so its width is its own.
+        if config.get(field, expected) != expected:
             problem = f"{config[field]}, but the policy has {expected}"
             raise CheckpointError(folder / CONFIG, field, problem)
     layers = target.num_hidden_layers
     if manifest is not None and manifest.target.num_hidden_layers != layers:
         problem = f"{manifest.target.num_hidden_layers}, but the policy has {layers}"
         raise CheckpointError(folder / FILE_NAME, "target.num_hidden_layers", problem)
-    deepest = max(config["eagle_aux_hidden_state_layer_ids"])
+    deepest = max(aux_layer_ids(config), default=0)
     if deepest > layers:
         problem = f"{deepest}, but the policy has {layers} layers"
         raise CheckpointError(folder / CONFIG, "eagle_aux_hidden_state_layer_ids", problem)
@@ -169,10 +171,10 @@ def _check_tensors(path: Path, config: dict[str, Any], tensors: dict[str, Tensor
     if missing:
         raise CheckpointError(path, missing[0], _missing(missing))
     unknown = sorted(canonical.keys() - shapes.keys())
-    if unknown:
+    if unknown and not expected.others:
         raise CheckpointError(path, unknown[0], "unknown tensor, or not one this config has")
     for name, tensor in canonical.items():
-        _check_tensor(path, name, tensor, shapes[name])
+        _check_tensor(path, name, tensor, shapes.get(name, tuple(tensor.shape)))
 
 
 def _canonical(name: str) -> str:

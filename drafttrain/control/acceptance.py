@@ -142,6 +142,8 @@ def acceptance_weights(
     Entries whose drafted token lies outside the rollout are zero.
     """
     hidden = drafter.unroll(batch, head.embed_tokens, k)
+    draft_head = drafter.head_weight(head.lm_head)
+    draft_rows = _rows_of_tokens(drafter.draft_ids, len(head.lm_head))
     temperature = batch.temperatures[batch.rollout_of]
     left = (batch.lengths[batch.rollout_of] - batch.positions)[batch.rounds]
     w = torch.zeros(k, len(batch.rounds), dtype=torch.float64)
@@ -149,13 +151,22 @@ def acceptance_weights(
         inside = left > 2 + depth
         row = batch.rounds[inside] + 1 + depth  # of the policy; it predicts the drafted token
         tokens, drafting = batch.tokens[row + 1], hidden[depth, inside]
-        q = _Recorded.of(drafting, drafter.lm_head.weight, tokens, temperature[row])
+        q = _Recorded.of(drafting, draft_head, draft_rows[tokens], temperature[row])
         if method == "greedy":
             w[depth, inside] = q.is_first.double()
         else:
             p = _Recorded.of(batch.last_hidden[row], head.lm_head, tokens, temperature[row])
             w[depth, inside] = (q.log_prob - p.log_prob).double().exp().clamp_max(1.0)
     return w
+
+
+def _rows_of_tokens(draft_ids: Tensor | None, vocab: int) -> Tensor:
+    """int64 [V]: row of the draft head for each token; -1 for those that cannot be drafted."""
+    if draft_ids is None:
+        return torch.arange(vocab)
+    rows = torch.full((vocab,), -1)
+    rows[draft_ids] = torch.arange(len(draft_ids))
+    return rows
 
 
 @dataclass(frozen=True)
@@ -172,7 +183,10 @@ class _Recorded:
 
     @classmethod
     def of(cls, hidden: Tensor, lm_head: Tensor, tokens: Tensor, temperature: Tensor) -> _Recorded:
-        """Of ``softmax(lm_head hidden / temperature)``; hidden [N, H], lm_head [V, H]."""
+        """Of ``softmax(lm_head hidden / temperature)``; hidden [N, H], lm_head [V, H].
+
+        A token of -1 has probability 0.
+        """
         log_probs, firsts = [], []
         weight = lm_head.to(torch.promote_types(lm_head.dtype, torch.float32))
         size = max(1, _LOGITS_AT_ONCE // len(weight))
@@ -181,8 +195,9 @@ class _Recorded:
             logits = hidden[part].to(weight.dtype) @ weight.T
             firsts.append(logits.argmax(-1) == tokens[part])
             logits /= temperature[part, None]
-            chosen = logits.gather(-1, tokens[part, None])[:, 0]
-            log_probs.append(chosen - logits.logsumexp(-1))
+            chosen = logits.gather(-1, tokens[part, None].clamp_min(0))[:, 0]
+            log_prob = chosen - logits.logsumexp(-1)
+            log_probs.append(log_prob.masked_fill(tokens[part] < 0, float("-inf")))
         return cls(torch.cat(log_probs), torch.cat(firsts))
 
 

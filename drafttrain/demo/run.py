@@ -37,7 +37,6 @@ from drafttrain.demo.processes import (
 from drafttrain.demo.report import print_report, step_at, write_report
 from drafttrain.demo.task import Problem, Task
 from drafttrain.drafters import Drafter, Eagle3Drafter, PolicyShape, load_drafter
-from drafttrain.drafters.policy import read_policy_head
 from drafttrain.pretrain import pretrain
 from drafttrain.publishing import as_manifest_entry, publish_drafter, publish_folder
 from drafttrain.rollouts.replay import Replay
@@ -119,9 +118,7 @@ class Demo:
         """The arm whose rollouts are tapped and whose drafter is swapped; at first untrained."""
         torch.manual_seed(self.seed)
         shape = PolicyShape.from_folder(self.policy)
-        drafter = Eagle3Drafter.initialise(shape)
-        head = read_policy_head(self.policy, shape)
-        drafter.adopt_head(head.lm_head, head.final_norm)
+        drafter = Eagle3Drafter.from_policy(self.policy, shape)
         drafter.export(self.out / "untrained", torch.float32)
         publish_folder(self.out / "untrained", self.policy, self.registry)
         shutil.rmtree(self.out / "untrained")

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from drafttrain.checkpoints.formats import kind_of
+from drafttrain.checkpoints.manifest import Kind, read_json
 from drafttrain.drafters.batch import Batch
 from drafttrain.drafters.contract import Drafter
+from drafttrain.drafters.draft_model import DraftModel
 from drafttrain.drafters.eagle3 import Eagle3Drafter
+from drafttrain.drafters.mtp import MTPDrafter
 from drafttrain.drafters.policy import PolicyShape
-from drafttrain.errors import CheckpointError
 
-KINDS: dict[str, type[Drafter]] = {Eagle3Drafter.kind: Eagle3Drafter}
+KINDS: dict[Kind, type[Drafter]] = {
+    drafter.kind: drafter for drafter in (Eagle3Drafter, MTPDrafter, DraftModel)
+}
 
 
 def load_drafter(folder: str | Path, policy: PolicyShape) -> Drafter:
@@ -22,11 +27,17 @@ def load_drafter(folder: str | Path, policy: PolicyShape) -> Drafter:
     Raises:
         CheckpointError: no kind recognises the folder, or it does not fit the policy.
     """
-    for drafter_class in KINDS.values():
-        if drafter_class.recognises(Path(folder)):
-            return drafter_class.load(Path(folder), policy)
-    known = ", ".join(sorted(KINDS))
-    raise CheckpointError(folder, "config.json", f"is not a drafter of a known kind ({known})")
+    path = Path(folder) / "config.json"
+    return KINDS[kind_of(read_json(path), path)].load(Path(folder), policy)
 
 
-__all__ = ["KINDS", "Batch", "Drafter", "Eagle3Drafter", "PolicyShape", "load_drafter"]
+__all__ = [
+    "KINDS",
+    "Batch",
+    "DraftModel",
+    "Drafter",
+    "Eagle3Drafter",
+    "MTPDrafter",
+    "PolicyShape",
+    "load_drafter",
+]

@@ -24,6 +24,8 @@ class Batch:
         aux_hidden: [T, A, H] as captured, or None for drafters that need none.
         prompt_lengths: int64 [B].
         temperatures: float [B], of the rollout's sampling.
+        raw_hidden: [T, H], the last state before the policy's final norm, where the engine hands it
+            over so; None where ``last_hidden`` is what it hands over.
     """
 
     tokens: Tensor
@@ -33,6 +35,12 @@ class Batch:
     aux_hidden: Tensor | None
     prompt_lengths: Tensor
     temperatures: Tensor
+    raw_hidden: Tensor | None = None
+
+    @property
+    def engine_hidden(self) -> Tensor:
+        """The last state as the engine hands it to a drafter: [T, H]."""
+        return self.last_hidden if self.raw_hidden is None else self.raw_hidden
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -88,19 +96,19 @@ def make_batch(rollouts: Sequence[Rollout], layout: FeatureLayout, head: PolicyH
         layout: how their features were captured.
         head: the policy's head; its final norm is applied here when the engine had not.
     """
-    last_hidden = torch.cat([rollout.last_hidden for rollout in rollouts])
-    if not layout.last_hidden_normed:
-        last_hidden = _rms_norm(last_hidden, head)
+    hidden = torch.cat([rollout.last_hidden for rollout in rollouts])
+    normed = layout.last_hidden_normed
     aux = [rollout.aux_hidden for rollout in rollouts if rollout.aux_hidden is not None]
     lengths = torch.tensor([0] + [rollout.length for rollout in rollouts])
     return Batch(
         tokens=torch.cat([rollout.tokens for rollout in rollouts]).long(),
         offsets=lengths.cumsum(0),
         captured=torch.cat([rollout.captured for rollout in rollouts]),
-        last_hidden=last_hidden,
+        last_hidden=hidden if normed else _rms_norm(hidden, head),
         aux_hidden=torch.cat(aux) if len(aux) == len(rollouts) else None,
         prompt_lengths=torch.tensor([rollout.prompt_length for rollout in rollouts]),
         temperatures=torch.tensor([rollout.temperature or 1.0 for rollout in rollouts]),
+        raw_hidden=None if normed else hidden,
     )
 
 

@@ -14,18 +14,23 @@ Position arithmetic, shared by all kinds (``tokens`` indexed from 0):
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from drafttrain.checkpoints.manifest import Kind
 from drafttrain.drafters.batch import Batch
 from drafttrain.drafters.policy import PolicyShape
-from drafttrain.errors import RolloutError
+from drafttrain.errors import ConfigError, RolloutError
 from drafttrain.rollouts.record import FeatureLayout
+
+# Written in float32 whatever the rest is in: engines keep a router's bias so.
+_EXACT = ("e_score_correction_bias",)
 
 
 class Drafter(nn.Module, ABC):
@@ -34,12 +39,10 @@ class Drafter(nn.Module, ABC):
     Attributes:
         kind: the registry's name for this architecture.
         layer_ids: aux layers of the policy it reads, sorted; () when none.
-        lm_head: [V, H_drafter]; draft logits are ``lm_head(hidden)``.
     """
 
     kind: ClassVar[Kind]
     layer_ids: tuple[int, ...]
-    lm_head: nn.Linear
 
     @abstractmethod
     def unroll(self, batch: Batch, embed_tokens: Tensor, depths: int) -> Tensor:
@@ -52,19 +55,39 @@ class Drafter(nn.Module, ABC):
 
         Returns:
             float [depths, R, H_drafter], for the R entries of ``batch.rounds``; entry [j, i] times
-            ``lm_head`` gives the logits for ``tokens[rounds[i] + 2 + j]``. Entries that run past a
-            rollout's end are meaningless.
+            :meth:`head_weight` gives the logits for ``tokens[rounds[i] + 2 + j]``. Entries that run
+            past a rollout's end are meaningless.
+        """
+
+    @property
+    def draft_ids(self) -> Tensor | None:
+        """Target ids of the head's rows, int64 [Vd], ascending; None when they are all of V."""
+        return None
+
+    @abstractmethod
+    def head_weight(self, policy_head: Tensor) -> Tensor:
+        """What draft logits come from: the drafter's own head, or the policy's.
+
+        Args:
+            policy_head: the policy's ``lm_head`` [V, H].
+
+        Returns:
+            [V, H_drafter], or [Vd, H_drafter] over a draft vocabulary (:attr:`draft_ids`).
+        """
+
+    @classmethod
+    @abstractmethod
+    def from_policy(cls, folder: Path, policy: PolicyShape, **options: Any) -> Self:
+        """A drafter to start from: whatever the policy's folder has to give, the rest at random.
+
+        Raises:
+            CheckpointError: the folder lacks a tensor that is needed, or an option does not fit.
         """
 
     @classmethod
     @abstractmethod
     def initialise(cls, policy: PolicyShape, **options: Any) -> Self:
         """A new drafter shaped for `policy`, at random."""
-
-    @classmethod
-    @abstractmethod
-    def recognises(cls, folder: Path) -> bool:
-        """Whether `folder` holds a drafter of this kind."""
 
     @classmethod
     @abstractmethod
@@ -79,6 +102,16 @@ class Drafter(nn.Module, ABC):
     def export(self, folder: Path, dtype: torch.dtype) -> None:
         """Write ``config.json`` and ``model.safetensors`` as the engine loads them."""
 
+    def add_lora(self, rank: int) -> None:
+        """Freeze the weights and train low-rank additions to them (arXiv 2106.09685) instead.
+
+        They are merged when the drafter is exported.
+
+        Raises:
+            ConfigError: not a kind that is large enough to need it.
+        """
+        raise ConfigError("training", "lora_rank", f"is for draft models, this is {self.kind}")
+
     def check_layout(self, layout: FeatureLayout) -> None:
         """Refuse rollouts whose aux layers are not those this drafter reads.
 
@@ -89,7 +122,21 @@ class Drafter(nn.Module, ABC):
             problem = f"captured {list(layout.layer_ids)}, the drafter reads {list(self.layer_ids)}"
             raise RolloutError("rollouts", "layer_ids", problem)
 
-    def adopt_head(self, lm_head: Tensor, final_norm: Tensor | None) -> None:
-        """Start a new drafter's output from the policy's head; called once, before training."""
-        with torch.no_grad():
-            self.lm_head.weight.copy_(lm_head)
+
+def write_drafter(
+    folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype
+) -> None:
+    """Write a drafter folder: ``config.json`` and weights; floating-point tensors are written in
+    `dtype`, but for those of :data:`_EXACT`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    document = config | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    (folder / "config.json").write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
+
+    def as_written(name: str, tensor: Tensor) -> Tensor:
+        kept = name.endswith(_EXACT) or not tensor.is_floating_point()
+        # Cloned: safetensors writes no two tensors that share storage.
+        return tensor.detach().to("cpu", tensor.dtype if kept else dtype).contiguous().clone()
+
+    cast = {name: as_written(name, tensor) for name, tensor in tensors.items()}
+    save_file(cast, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,44 +1,51 @@
-"""Eagle3: one transformer layer that reads three of the policy's layers and drafts from them.
+"""Eagle3: decoder layers that read some of the policy's layers and draft from them.
 
 Architecture and training-time test from EAGLE-3 (arXiv 2503.01840); the forward is that of vLLM's
-``llama_eagle3.py``, so that what is trained is what drafts::
+``llama_eagle3.py`` and ``qwen3_eagle3.py``, so that what is trained is what drafts::
 
     g        = fc(cat(aux))                                     features of slot s
     x        = cat(input_layernorm(embed), hidden_norm(g))      [.., 2H]
     h        = attention(x) + residual                          residual: g, or hidden_norm(g)
-    out      = mlp(post_attention_layernorm(h)) + h             before the norm: the next depth's g
+    out      = mlp(post_attention_layernorm(h)) + h             further layers likewise, from out
     logits   = lm_head(norm(out))
+    g        = out, or norm(out)                                of the next depth
+
+Variants, all named in ``config.json``: ``norm_before_residual``, ``norm_before_fc`` (one norm over
+cat(aux)), ``fc_norm`` (a norm for each of aux), ``norm_output`` (the next g), ``attention_bias``, a
+head over a draft vocabulary, and an embedding of its own where its width is not the policy's.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
-from drafttrain.checkpoints.formats import ARCHITECTURES_EAGLE3
+from drafttrain.checkpoints.eagle3_format import ARCHITECTURES_EAGLE3, LAYER, LAYER_ALIAS, QWEN3
 from drafttrain.checkpoints.manifest import Kind, TargetFingerprint
+from drafttrain.checkpoints.speculators_format import as_speculators, with_t2d
 from drafttrain.checkpoints.verify import verify
-from drafttrain.drafters.attention import AttentionPlan, attend
 from drafttrain.drafters.batch import Batch
-from drafttrain.drafters.contract import Drafter
-from drafttrain.drafters.kernels import compute_dtype, rotate, swiglu, take_rows, unit_rms
-from drafttrain.drafters.policy import PolicyShape
+from drafttrain.drafters.contract import Drafter, write_drafter
+from drafttrain.drafters.eagle3_layer import AttentionPlans, Eagle3Layer, Rotation, UnrolledLayer
+from drafttrain.drafters.kernels import compute_dtype, unit_rms
+from drafttrain.drafters.policy import PolicyShape, read_config, read_policy_head
 from drafttrain.errors import CheckpointError
 
-Rotation = tuple[Tensor, Tensor]
-"""Cosine and sine of a rotary embedding, [N, 1, d / 2] each."""
-
-# Queries attended at once; bounds the [heads, block, T] scores that backward keeps.
-QUERY_BLOCK = 1024
+# What a drafter's config says for itself; the rest is the policy's.
+_VARIANT = {
+    "norm_before_residual": False,
+    "norm_before_fc": False,
+    "fc_norm": False,
+    "norm_output": False,
+    "attention_bias": False,
+}
 
 
 def default_layer_ids(num_layers: int) -> tuple[int, ...]:
@@ -52,238 +59,218 @@ def default_layer_ids(num_layers: int) -> tuple[int, ...]:
     return tuple(sorted({max(num_layers - 2, 0), max(num_layers - 1, 1), max(num_layers, 2)}))
 
 
-class Eagle3Attention(nn.Module):
-    """Grouped-query attention over cat(embedding, features), input size 2H."""
-
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__()
-        self.heads = config.num_attention_heads
-        self.kv_heads = config.num_key_value_heads
-        self.head_dim = config.head_dim
-        width = 2 * config.hidden_size
-        self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
-
-
-class Eagle3Layer(nn.Module):
-    """The decoder layer; called ``midlayer`` in checkpoints."""
-
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__()
-        norm = {"eps": config.rms_norm_eps}
-        self.norm_before_residual = bool(config.norm_before_residual)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, **norm)
-        self.hidden_norm = LlamaRMSNorm(config.hidden_size, **norm)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, **norm)
-        self.self_attn = Eagle3Attention(config)
-        self.mlp = LlamaMLP(config)
-
-
-class _UnrolledLayer:
-    """The layer over one batch, depth after depth.
-
-    Its weights are put together once for all depths: a norm's weight is folded into the projections
-    behind it, and projections of one input are one matrix. Query, key and value are linear in
-    the embedding, so its share of them is computed once for each token; a depth takes the rows of
-    the tokens it embeds.
-    """
-
-    def __init__(self, layer: Eagle3Layer, batch: Batch, embeds: Tensor, eps: float) -> None:
-        dtype = embeds.dtype
-        self.layer, self.eps = layer, eps
-        self.plan = AttentionPlan(batch)
-        attention, mlp = layer.self_attn, layer.mlp
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        for_embeds, for_hidden = torch.cat([p.weight for p in projections]).chunk(2, dim=1)
-        self.qkv_of_embeds = F.linear(
-            unit_rms(embeds, eps), (for_embeds * layer.input_layernorm.weight).to(dtype)
-        )
-        self.qkv_weight = (for_hidden * layer.hidden_norm.weight).to(dtype).T
-        self.o_weight = attention.o_proj.weight.to(dtype).T
-        gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
-        self.gate_up_weight = (gate_up * layer.post_attention_layernorm.weight).to(dtype)
-        self.down_weight = mlp.down_proj.weight.to(dtype).T
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-
-    def __call__(
-        self, hidden: Tensor, embedded: Tensor, rotation: Rotation, queries: Tensor | None = None
-    ) -> Tensor:
-        """One depth.
-
-        Args:
-            hidden: [N, H], of N slots.
-            embedded: int64 [N], which tokens are embedded there.
-            rotation: cosine and sine at their positions.
-            queries: int64 [R], those that attend; None for all.
-
-        Returns:
-            [R, H] of those that attend.
-        """
-        normed = unit_rms(hidden, self.eps)
-        qkv = torch.addmm(take_rows(self.qkv_of_embeds, embedded), normed, self.qkv_weight)
-        query = self._split(qkv, rotation)
-        residual = normed * self.layer.hidden_norm.weight.to(normed.dtype)
-        residual = residual if self.layer.norm_before_residual else hidden
-        if queries is not None:
-            query, residual = take_rows(query, queries), take_rows(residual, queries)
-        attended = attend(query, self.keys, self.values, self.plan)
-        residual = torch.addmm(residual, attended.flatten(1), self.o_weight)
-        gate_up = F.linear(unit_rms(residual, self.eps), self.gate_up_weight)
-        written: Tensor = torch.addmm(residual, swiglu(gate_up), self.down_weight)
-        return written
-
-    def _split(self, qkv: Tensor, rotation: Rotation) -> Tensor:
-        """Keep this depth's keys and values; return its queries, [N, heads, d]."""
-        attention = self.layer.self_attn
-        heads, kv_heads = attention.heads, attention.kv_heads
-        by_head = qkv.view(-1, heads + 2 * kv_heads, attention.head_dim)
-        query: Tensor
-        query, key = rotate(by_head[:, : heads + kv_heads], *rotation).split([heads, kv_heads], 1)
-        value = by_head[:, heads + kv_heads :]
-        if heads != kv_heads:
-            key, value = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (key, value))
-        self.keys.append(key)
-        self.values.append(value)
-        return query
-
-
 class Eagle3Drafter(Drafter):
-    """See the module. One Llama-style layer over the whole vocabulary of the policy."""
+    """See the module."""
 
     kind: ClassVar[Kind] = "eagle3"
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
         self.config = config
         self.layer_ids = tuple(config.eagle_aux_hidden_state_layer_ids)
-        features = len(self.layer_ids) * config.target_hidden_size
-        self.fc = nn.Linear(features, config.hidden_size, bias=False)
-        self.midlayer = Eagle3Layer(config)
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        hidden, read = config.hidden_size, config.target_hidden_size
+        features, eps = len(self.layer_ids) * read, config.rms_norm_eps
+        self.input_norm = LlamaRMSNorm(features, eps=eps) if config.norm_before_fc else None
+        self.fc_norm = None
+        if config.fc_norm:
+            self.fc_norm = nn.ModuleList(LlamaRMSNorm(read, eps=eps) for _ in self.layer_ids)
+        self.fc = nn.Linear(features, hidden, bias=False)
+        # A checkpoint's midlayer.* or layers.0.*, layers.1.*, ...
+        self.layers = nn.ModuleList(
+            Eagle3Layer(config, first=index == 0) for index in range(config.num_hidden_layers)
+        )
+        self.norm = LlamaRMSNorm(hidden, eps=eps)
+        self.lm_head = nn.Linear(hidden, config.draft_vocab_size, bias=False)
+        self.embed_tokens = None
+        if hidden != read:
+            self.embed_tokens = nn.Embedding(config.vocab_size, hidden).requires_grad_(False)
         self.rotary = LlamaRotaryEmbedding(config)
+        self.d2t: Tensor | None
+        reduced = config.draft_vocab_size != config.vocab_size
+        offsets = torch.zeros(config.draft_vocab_size, dtype=torch.int64) if reduced else None
+        self.register_buffer("d2t", offsets)
+
+    @property
+    def draft_ids(self) -> Tensor | None:
+        if self.d2t is None:
+            return None
+        return torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
 
     def unroll(self, batch: Batch, embed_tokens: Tensor, depths: int) -> Tensor:
+        dtype, eps = compute_dtype(self.fc.weight), self.config.rms_norm_eps
+        hidden = F.linear(self._features(batch).to(dtype), self.fc.weight.to(dtype))
+        layers = self._unrolled_layers(batch, embed_tokens, dtype)
+        slots, outputs = batch.slots, []
+        for depth in range(depths):
+            # Past a rollout's end there is nothing to embed, and nothing there is trained on.
+            embedded = (slots + 1 + depth).clamp_max(len(batch.tokens) - 1)
+            rotation = self._rotation(batch.positions[slots] + depth, dtype)
+            for layer in layers:
+                hidden = layer(hidden, embedded, rotation)
+            # Depth 0 has keys at every slot, prompts included; rounds start only at some of them.
+            slots = batch.rounds
+            outputs.append(unit_rms(hidden, eps) * self.norm.weight.to(dtype))
+            if self.config.norm_output:
+                hidden = outputs[-1]
+        return torch.stack(outputs)
+
+    def _features(self, batch: Batch) -> Tensor:
+        """[S, A * Ht]: the policy's aux states at every slot, as ``fc`` reads them."""
         if batch.aux_hidden is None:
             raise ValueError("an Eagle3 drafter needs the policy's aux hidden states")
-        dtype, eps = compute_dtype(self.fc.weight), self.config.rms_norm_eps
-        embeds = F.embedding(batch.tokens, embed_tokens).to(dtype)
-        layer = _UnrolledLayer(self.midlayer, batch, embeds, eps)
-        features = batch.aux_hidden[batch.slots].flatten(1).to(dtype)
-        hidden = F.linear(features, self.fc.weight.to(dtype))
-        # Depth 0 has keys at every slot, prompts included; rounds start only at some of them.
-        starts = batch.starts_round.nonzero()[:, 0]
-        hidden = layer(hidden, batch.slots + 1, self._rotation(batch, batch.slots, dtype), starts)
-        outputs = [hidden]
-        for depth in range(1, depths):
-            # Past a rollout's end there is nothing to embed, and nothing there is trained on.
-            embedded = (batch.rounds + 1 + depth).clamp_max(len(batch.tokens) - 1)
-            rotation = self._rotation(batch, batch.rounds, dtype, ahead=depth)
-            hidden = layer(hidden, embedded, rotation)
-            outputs.append(hidden)
-        unrolled: Tensor = unit_rms(torch.stack(outputs), eps) * self.norm.weight.to(dtype)
-        return unrolled
+        states, eps = batch.aux_hidden[batch.slots], self.config.rms_norm_eps
+        if self.input_norm is not None:
+            states = states.to(self.fc.weight.dtype).flatten(1)
+            return unit_rms(states, eps) * self.input_norm.weight
+        if self.fc_norm is not None:
+            weights = torch.stack([norm.weight for norm in self.fc_norm])
+            states = unit_rms(states.to(weights.dtype), eps) * weights
+        return states.flatten(1)
 
-    def _rotation(
-        self, batch: Batch, slots: Tensor, dtype: torch.dtype, ahead: int = 0
-    ) -> Rotation:
-        positions = batch.positions[slots] + ahead
+    def _unrolled_layers(
+        self, batch: Batch, embed_tokens: Tensor, dtype: torch.dtype
+    ) -> list[UnrolledLayer]:
+        if self.embed_tokens is not None:
+            embed_tokens = self.embed_tokens.weight
+        embeds = F.embedding(batch.tokens, embed_tokens).to(dtype)
+        plans = AttentionPlans(batch, len(self.layers))
+        last, eps = len(self.layers) - 1, self.config.rms_norm_eps
+        return [
+            UnrolledLayer(layer, plans, embeds, eps, dtype, last=index == last)
+            for index, layer in enumerate(self.layers)
+        ]
+
+    def _rotation(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
         cos, sin = self.rotary(self.fc.weight, positions[None])
         half = cos.shape[-1] // 2  # both halves are the same
         return cos[0, :, None, :half].to(dtype), sin[0, :, None, :half].to(dtype)
 
+    def head_weight(self, policy_head: Tensor) -> Tensor:
+        return self.lm_head.weight
+
     @classmethod
     def initialise(
-        cls, policy: PolicyShape, *, layer_ids: tuple[int, ...] | None = None, **_: Any
+        cls,
+        policy: PolicyShape,
+        *,
+        layer_ids: tuple[int, ...] | None = None,
+        draft_ids: Tensor | None = None,
+        **variant: Any,
     ) -> Self:
-        drafter = cls(_drafter_config(policy, layer_ids or default_layer_ids(policy.num_layers)))
+        """At random.
+
+        Args:
+            policy: what it drafts for.
+            layer_ids: aux layers it reads, ascending; :func:`default_layer_ids` when absent.
+            draft_ids: int64 [Vd], ascending: the target ids it can draft; all when absent.
+            variant: ``qwen3``, ``num_hidden_layers`` and the flags of the module's docstring.
+        """
+        ids = layer_ids or default_layer_ids(policy.num_layers)
+        drafter = cls(_drafter_config(policy, ids, draft_ids, variant))
         for module in drafter.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=1.0 / math.sqrt(module.in_features))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         # Small writes to the residual: the first drafts come from fc's features alone.
-        for projection in (drafter.midlayer.self_attn.o_proj, drafter.midlayer.mlp.down_proj):
-            nn.init.zeros_(projection.weight)
+        for layer in drafter.layers:
+            for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                nn.init.zeros_(projection.weight)
+        if draft_ids is not None:
+            drafter.d2t = draft_ids - torch.arange(len(draft_ids))
         return drafter
 
-    def adopt_head(self, lm_head: Tensor, final_norm: Tensor | None) -> None:
-        super().adopt_head(lm_head, final_norm)
-        if final_norm is not None:
-            with torch.no_grad():
-                self.norm.weight.copy_(final_norm)
-
     @classmethod
-    def recognises(cls, folder: Path) -> bool:
-        try:
-            architectures = json.loads((folder / "config.json").read_text())["architectures"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
-        return bool(set(architectures) & set(ARCHITECTURES_EAGLE3))
+    def from_policy(cls, folder: Path, policy: PolicyShape, **options: Any) -> Self:
+        """At random, but for the output: norm and head are the policy's."""
+        drafter = cls.initialise(policy, **options)
+        head = read_policy_head(folder, policy)
+        rows = slice(None) if drafter.draft_ids is None else drafter.draft_ids
+        with torch.no_grad():
+            drafter.lm_head.weight.copy_(head.lm_head[rows])
+            if head.final_norm is not None:
+                drafter.norm.weight.copy_(head.final_norm)
+        return drafter
 
     @classmethod
     def load(cls, folder: Path, policy: PolicyShape) -> Self:
+        """Read a folder of the raw layout or that of ``speculators``."""
         verified = verify(folder, TargetFingerprint.from_config(policy.config.to_dict()))
-        _refuse_untrained_variants(folder, verified.config)
-        drafter = cls(LlamaConfig(**verified.config))
+        config = verified.config
+        drafter = cls(_config_class(config["architectures"])(**config))
+        spare = {"t2d"} | {f"layers.{i}.hidden_norm.weight" for i in range(1, len(drafter.layers))}
+        if drafter.embed_tokens is None:
+            spare.add("embed_tokens.weight")  # a copy of the policy's
         tensors = {
-            name.replace("layers.0.", "midlayer.", 1): tensor.float()
+            name.replace(LAYER, LAYER_ALIAS, 1): tensor
             for name, tensor in verified.tensors.items()
-            if name not in {"embed_tokens.weight", "t2d"}
+            if name not in spare
         }
         drafter.load_state_dict(tensors)
         return drafter
 
     def export(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        config = self.config.to_diff_dict()
-        config["torch_dtype"] = str(dtype).removeprefix("torch.")
-        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         tensors = {
-            name: tensor.detach().to("cpu", dtype).contiguous()
+            name.replace(LAYER_ALIAS, LAYER, 1): tensor
             for name, tensor in self.state_dict().items()
         }
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        tensors = with_t2d(tensors, self.config.vocab_size)
+        write_drafter(folder, self.config.to_diff_dict(), tensors, dtype)
+
+    def export_speculators(
+        self, folder: Path, policy: Path, *, k: int, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Write the layout of the ``speculators`` library; the folder alone starts ``vllm serve``.
+
+        Args:
+            folder: to write.
+            policy: the policy's folder, named in it.
+            k: draft tokens that are then drafted.
+            dtype: of the weights.
+        """
+        architectures = read_config(policy)["architectures"]
+        config = as_speculators(self.config.to_diff_dict(), str(policy), architectures, k)
+        tensors = with_t2d(self.state_dict(), self.config.vocab_size)
+        write_drafter(folder, config, tensors, dtype)
 
 
-def _drafter_config(policy: PolicyShape, layer_ids: tuple[int, ...]) -> LlamaConfig:
-    """A Llama configuration with the policy's sizes, RoPE and lengths, as vLLM reads it."""
+def _config_class(architectures: list[str]) -> type[PretrainedConfig]:
+    return Qwen3Config if architectures == [QWEN3] else LlamaConfig
+
+
+def _drafter_config(
+    policy: PolicyShape,
+    layer_ids: tuple[int, ...],
+    draft_ids: Tensor | None,
+    variant: dict[str, Any],
+) -> PretrainedConfig:
+    """A configuration with the policy's sizes, RoPE and lengths, as vLLM reads it.
+
+    Raises:
+        CheckpointError: an option that is none.
+    """
     source = policy.config
-    head_dim = getattr(source, "head_dim", None) or (
-        source.hidden_size // source.num_attention_heads
-    )
-    return LlamaConfig(
-        architectures=["LlamaForCausalLMEagle3"],
+    architectures = [QWEN3 if variant.pop("qwen3", False) else ARCHITECTURES_EAGLE3[0]]
+    layers = variant.pop("num_hidden_layers", 1)
+    if unknown := variant.keys() - _VARIANT.keys():
+        raise CheckpointError("eagle3", min(unknown), "no such option of this kind")
+    return _config_class(architectures)(
+        architectures=architectures,
         hidden_size=source.hidden_size,
         intermediate_size=source.intermediate_size,
-        num_hidden_layers=1,
+        num_hidden_layers=layers,
         num_attention_heads=source.num_attention_heads,
         num_key_value_heads=source.num_key_value_heads,
-        head_dim=head_dim,
+        head_dim=policy.head_dim,
         vocab_size=source.vocab_size,
         rms_norm_eps=source.rms_norm_eps,
         rope_parameters=source.rope_parameters,
         max_position_embeddings=source.max_position_embeddings,
         tie_word_embeddings=False,
-        draft_vocab_size=source.vocab_size,
+        draft_vocab_size=source.vocab_size if draft_ids is None else len(draft_ids),
         target_hidden_size=source.hidden_size,
-        norm_before_residual=False,
         eagle_aux_hidden_state_layer_ids=list(layer_ids),
         num_aux_hidden_states=len(layer_ids),
         eagle_config={"eagle_aux_hidden_state_layer_ids": list(layer_ids)},
+        **_VARIANT | variant,
     )
-
-
-def _refuse_untrained_variants(folder: Path, config: dict[str, Any]) -> None:
-    """Variants the engine knows and this module does not train yet are refused, not misread."""
-    for field in ("norm_before_fc", "fc_norm", "norm_output", "attention_bias"):
-        if config.get(field):
-            raise CheckpointError(folder, f"config.json {field}", "true is not supported yet")
-    if config["draft_vocab_size"] != config["vocab_size"]:
-        problem = (
-            f"expected the policy's {config['vocab_size']}: a smaller one is not supported yet"
-        )
-        raise CheckpointError(folder, "config.json draft_vocab_size", problem)
-    if config.get("num_hidden_layers") != 1:
-        raise CheckpointError(folder, "config.json num_hidden_layers", "expected 1")

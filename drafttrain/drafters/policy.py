@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
+from drafttrain.checkpoints.manifest import read_json
 from drafttrain.errors import CheckpointError
 from drafttrain.rollouts.record import PolicyHead
 
@@ -17,6 +20,9 @@ from drafttrain.rollouts.record import PolicyHead
 _EMBEDDING = "model.embed_tokens.weight"
 _FINAL_NORM = "model.norm.weight"
 _LM_HEAD = "lm_head.weight"
+
+# Policies whose configuration class is remote code, and the one it differs from in name only.
+_KNOWN_AS = {"mimo": "qwen2", "kimi_k2": "deepseek_v3"}
 
 
 @dataclass(frozen=True)
@@ -36,12 +42,15 @@ class PolicyShape:
         Raises:
             CheckpointError: the folder or the file is missing or cannot be read.
         """
-        if not (Path(folder) / "config.json").is_file():
-            raise CheckpointError(folder, "config.json", "missing; expected a policy folder")
+        known_as = _KNOWN_AS.get(read_config(folder).get("model_type", ""))
         try:
-            return cls(AutoConfig.from_pretrained(str(folder)).get_text_config())
+            if known_as is not None:
+                config = AutoConfig.for_model(**read_config(folder) | {"model_type": known_as})
+            else:
+                config = AutoConfig.from_pretrained(str(folder))
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(folder, "config.json", f"cannot be read: {error}") from error
+        return cls(config.get_text_config())
 
     @property
     def hidden_size(self) -> int:
@@ -54,6 +63,11 @@ class PolicyShape:
     @property
     def num_layers(self) -> int:
         return int(self.config.num_hidden_layers)
+
+    @property
+    def head_dim(self) -> int:
+        given = self.config.to_dict().get("head_dim")
+        return int(given or self.hidden_size // self.config.num_attention_heads)
 
 
 def read_policy_head(folder: str | Path, policy: PolicyShape) -> PolicyHead:
@@ -75,18 +89,55 @@ def read_policy_head(folder: str | Path, policy: PolicyShape) -> PolicyHead:
     )
 
 
-def _read_tensor(folder: Path, name: str, shape: tuple[int, ...]) -> Tensor:
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """``config.json`` of a policy folder, as it stands there.
+
+    Raises:
+        CheckpointError: the folder or the file is missing or is not a JSON object.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise CheckpointError(folder, "config.json", "missing; expected a policy folder")
+    return read_json(Path(folder) / "config.json")
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Tensor name to the file of `folder` that holds it.
+
+    Raises:
+        CheckpointError: there are no weights, or they cannot be read.
+    """
     index = folder / "model.safetensors.index.json"
     try:
         if index.exists():
-            file_name = json.loads(index.read_text())["weight_map"][name]
-        else:
-            file_name = "model.safetensors"
-        # The index comes from outside: only a plain name in this folder is followed.
-        with safe_open(folder / Path(file_name).name, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+            # The index comes from outside: only a plain name in this folder is followed.
+            table = json.loads(index.read_text())["weight_map"].items()
+            return {name: folder / Path(file).name for name, file in table}
+        single = folder / "model.safetensors"
+        with safe_open(single, framework="pt") as file:
+            return dict.fromkeys(file.keys(), single)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise CheckpointError(folder, name, f"cannot be read: {error}") from error
+        raise CheckpointError(folder, "weights", f"cannot be read: {error}") from error
+
+
+def read_tensors(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """Map these tensors of a policy folder; the rest stays on disk.
+
+    Raises:
+        CheckpointError: one is missing or its file cannot be read.
+    """
+    files = weight_files(folder)
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        try:
+            with safe_open(files[name], framework="pt") as file:
+                tensors[name] = file.get_tensor(name)
+        except (OSError, SafetensorError, KeyError) as error:
+            raise CheckpointError(folder, name, f"cannot be read: {error}") from error
+    return tensors
+
+
+def _read_tensor(folder: Path, name: str, shape: tuple[int, ...]) -> Tensor:
+    tensor = read_tensors(folder, [name])[name]
     if tuple(tensor.shape) != shape:
         raise CheckpointError(folder, name, f"shape {list(tensor.shape)}, expected {list(shape)}")
     return tensor

@@ -1,18 +1,4 @@
-"""Objectives, chunked over positions, with exact gradients.
-
-For one draft position with policy distribution p and draft distribution q over V tokens:
-
-==================  ======================  ====================================================
-objective           value                   fits
-==================  ======================  ====================================================
-soft_cross_entropy  -sum(p log q)           greedy drafts, and every cold start
-tv                  1 - sum(min(p, q))      probabilistic drafts: one minus the acceptance rate
-lk                  -log sum(min(p, q))     the same rate's log-likelihood: its gradient does
-                                            not vanish where the drafter is far off
-==================  ======================  ====================================================
-
-A draft is accepted with probability sum(min(p, q)) under probabilistic drafting (Leviathan et al.,
-arXiv 2211.17192), with p(argmax q) under greedy drafting.
+"""The loss of a batch: an objective over all drafted positions, chunked, with exact gradients.
 
 No [positions, V] tensor outlives a chunk: each chunk's gradient is taken inside the forward pass,
 in closed form, a few rows at a time so that they stay in the processor's cache. The policy's
@@ -23,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from drafttrain.drafters.batch import Batch
 from drafttrain.drafters.kernels import compute_dtype
-
-Objective = Literal["soft_cross_entropy", "tv", "lk"]
+from drafttrain.training.objectives import OBJECTIVES, ObjectiveName
 
 # Draft logits that exist at once, and those worked on at once (on a CPU: what its cache holds).
 _CHUNK_ELEMENTS = 1 << 25
@@ -42,7 +27,7 @@ def _soft_cross_entropy(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, T
     p, q = log_p.exp(), log_q.exp()
     value = -(p * log_q).sum(-1)
     overlap = torch.minimum(p, q).sum(-1)
-    return value, overlap, q.sub_(p)
+    return value, overlap, q.mul_(p.sum(-1, keepdim=True)).sub_(p)
 
 
 def _tv(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,11 +55,25 @@ Values = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 """(log p [n, V], log q [D, n, V]) to the value and sum(min(p, q)), [D, n] each, and the value's
 gradient with respect to the draft's logits, [D, n, V]."""
 
-OBJECTIVES: dict[Objective, Values] = {
+# The objectives that are trained with most, in few passes over memory.
+_FUSED: dict[ObjectiveName, Values] = {
     "soft_cross_entropy": _soft_cross_entropy,
     "tv": _tv,
     "lk": _lk,
 }
+
+
+def values_of(name: ObjectiveName) -> Values:
+    """An objective as the chunks want it."""
+    if name in _FUSED:
+        return _FUSED[name]
+    objective = OBJECTIVES[name]
+
+    def values(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        overlap = torch.minimum(log_p, log_q).exp().sum(-1)
+        return objective.value(log_p, log_q), overlap, objective.gradient(log_p, log_q)
+
+    return values
 
 
 @dataclass(frozen=True)
@@ -135,27 +134,41 @@ def draft_loss(
     batch: Batch,
     policy_head: Tensor,
     *,
-    objective: Objective = "lk",
+    objective: ObjectiveName = "lk",
     depth_decay: float = 1.0,
+    draft_ids: Tensor | None = None,
+    token_weights: Tensor | None = None,
     chunk: int | None = None,
 ) -> DraftLoss:
     """Mean objective over all drafted rows and depths.
 
     Args:
         hidden: [D, R, H_drafter] from :meth:`Drafter.unroll`.
-        draft_head: [V, H_drafter], gets a gradient.
+        draft_head: [V, H_drafter], or [Vd, H_drafter]; gets a gradient if it requires one.
         batch: with ``last_hidden`` after the policy's final norm.
         policy_head: [V, H], frozen.
         depth_decay: weight of depth j is ``depth_decay ** j``.
+        draft_ids: int64 [Vd], target ids of the head's rows; None when they are all of V.
+        token_weights: float [T], weight of each drafted token; 1 when absent.
         chunk: policy rows whose [D, V] draft logits exist at once; by size when absent.
     """
     rows = DraftRows.of(batch, len(hidden))
     depth = torch.arange(len(hidden), device=hidden.device, dtype=draft_head.dtype)
     weights = rows.drafted * (depth_decay**depth)[:, None]
+    if token_weights is not None:
+        weights = weights * token_weights[rows.row + 1]  # row r predicts token r + 1
     weights = weights / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
     chunk = chunk or max(1, _CHUNK_ELEMENTS // (len(hidden) * len(draft_head)))
     loss, overlap = _ChunkedLoss.apply(
-        hidden, draft_head, batch, policy_head, rows, OBJECTIVES[objective], weights, chunk
+        hidden,
+        draft_head,
+        batch,
+        policy_head,
+        rows,
+        values_of(objective),
+        weights,
+        draft_ids,
+        chunk,
     )
     counts = rows.drafted.sum(1).clamp_min(1)
     return DraftLoss(loss, overlap / counts, len(rows.row))
@@ -174,6 +187,7 @@ class _ChunkedLoss(torch.autograd.Function):
         rows: DraftRows,
         objective: Values,
         weights: Tensor,
+        draft_ids: Tensor | None,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
         dtype = compute_dtype(draft_head)
@@ -191,12 +205,13 @@ class _ChunkedLoss(torch.autograd.Function):
             logits = drafting @ head.T
             temperature = batch.temperatures[batch.rollout_of[row], None]
             value, shared = _slopes_in_place(
-                policy_logits, logits, temperature, weights[:, part], objective
+                policy_logits, logits, temperature, weights[:, part], objective, draft_ids
             )
             total += value
             overlap += (shared * rows.drafted[:, part]).sum(1)
             grad_rows[:, part] = logits @ head
-            grad_head += logits.flatten(0, 1).T @ drafting.flatten(0, 1)
+            if draft_head.requires_grad:
+                grad_head += logits.flatten(0, 1).T @ drafting.flatten(0, 1)
         ctx.save_for_backward(rows.by_round(grad_rows, hidden.shape[1]), grad_head)
         ctx.mark_non_differentiable(overlap)
         return total, overlap
@@ -204,7 +219,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden * grads[0].to(grad_hidden.dtype), grad_head * grads[0], *[None] * 6
+        return grad_hidden * grads[0].to(grad_hidden.dtype), grad_head * grads[0], *[None] * 7
 
 
 def _slopes_in_place(
@@ -213,6 +228,7 @@ def _slopes_in_place(
     temperature: Tensor,
     weights: Tensor,
     objective: Values,
+    draft_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Replace draft logits by the loss's gradient with respect to them.
 
@@ -221,6 +237,8 @@ def _slopes_in_place(
         logits: [D, n, V], overwritten.
         temperature: [n, 1].
         weights: [D, n] of each row and depth in the loss.
+        objective: see :data:`Values`.
+        draft_ids: int64 [Vd]; then the draft logits are [D, n, Vd].
 
     Returns:
         the weighted sum of the objective; sum(min(p, q)) of each row and depth, [D, n].
@@ -232,6 +250,8 @@ def _slopes_in_place(
     for start in range(0, rows, block):
         part = slice(start, start + block)
         log_p = (policy_logits[part].to(wide) / temperature[part]).log_softmax(-1)
+        if draft_ids is not None:
+            log_p = log_p[:, draft_ids]
         log_q = (logits[:, part].to(wide) / temperature[part]).log_softmax(-1)
         value, overlap, slope = objective(log_p, log_q)
         total += (value * weights[:, part]).sum()

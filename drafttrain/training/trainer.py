@@ -61,6 +61,8 @@ class Trainer:
         self, drafter: Drafter, config: TrainingConfig, total_steps: int | None = None
     ) -> None:
         """With `total_steps` the learning rate decays over the last fifth (WSD), else it stays."""
+        if config.lora_rank is not None:
+            drafter.add_lora(config.lora_rank)
         self.drafter = drafter.float()
         self.config = config
         self.total_steps = total_steps
@@ -71,7 +73,7 @@ class Trainer:
             self.drafter, multi_avg_fn=get_ema_multi_avg_fn(config.average_decay)
         )
         self.optimizer = torch.optim.AdamW(
-            drafter.parameters(),
+            [weight for weight in drafter.parameters() if weight.requires_grad],
             lr=config.learning_rate,
             betas=(0.9, 0.95),
             weight_decay=config.weight_decay,
@@ -129,13 +131,15 @@ class Trainer:
         batch = make_batch(rollouts, layout, head)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             hidden = self.drafter.unroll(batch, head.embed_tokens, self.config.draft_tokens)
+            weight = self.drafter.head_weight(head.lm_head)
             result = draft_loss(
                 hidden,
-                self.drafter.lm_head.weight,
+                weight if self.config.train_head else weight.detach(),
                 batch,
                 head.lm_head,
                 objective=self.config.objective,
                 depth_decay=self.config.depth_decay,
+                draft_ids=self.drafter.draft_ids,
             )
         (result.loss * result.rows).backward()
         return result.loss.item() * result.rows, result.acceptance, result.rows

@@ -18,7 +18,6 @@ from drafttrain.checkpoints.registry import Registry
 from drafttrain.config import TrainingConfig
 from drafttrain.control.acceptance import estimate_acceptance, usable
 from drafttrain.drafters import Eagle3Drafter, PolicyShape, load_drafter
-from drafttrain.drafters.policy import read_policy_head
 from drafttrain.integrations.vllm.local import serve_engine
 from drafttrain.pretrain import pretrain
 from drafttrain.publishing import UNTRAINED, publish_drafter, publish_folder
@@ -36,9 +35,7 @@ class Loop:
         self.shape = PolicyShape.from_folder(policy)
         self.registry = Registry(folder / "registry")
         torch.manual_seed(0)
-        drafter = Eagle3Drafter.initialise(self.shape, layer_ids=(1, 2, 3))
-        head = read_policy_head(policy, self.shape)
-        drafter.adopt_head(head.lm_head, head.final_norm)
+        drafter = Eagle3Drafter.from_policy(policy, self.shape, layer_ids=(1, 2, 3))
         drafter.export(folder / "untrained", torch.float32)
         publish_folder(folder / "untrained", policy, self.registry)
         self.spool = folder / "spool"

@@ -1,0 +1,108 @@
+"""Small vLLM engines on a CPU, in this process, for the benchmarks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# Before vLLM is imported, which reads them then.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+from drafttrain.integrations.vllm.messages import Acceptance, EngineStatus
+from drafttrain.rollouts.record import Rollout
+from drafttrain.rollouts.spool import SpoolReader
+
+# An engine that goes takes the process groups of all others in this process with it.
+_kept: list[Any] = []
+
+
+class Engine:
+    """A policy with a drafter, and a spool of its own.
+
+    Args:
+        policy: its folder.
+        drafter: its folder.
+        method: as vLLM calls it.
+        k: draft tokens.
+        spool: a new folder.
+        draft_sample_method: "greedy" or "probabilistic".
+        overrides: keys of the policy's configuration to set.
+    """
+
+    def __init__(
+        self,
+        policy: Path,
+        drafter: Path,
+        *,
+        method: str,
+        k: int,
+        spool: Path,
+        draft_sample_method: str = "greedy",
+        overrides: dict[str, Any] | None = None,
+    ) -> None:
+        from vllm import LLM
+
+        self.spool = spool
+        self.llm = LLM(
+            str(policy),
+            dtype="float32",
+            enforce_eager=True,
+            max_model_len=256,
+            max_num_seqs=32,
+            block_size=32,
+            seed=0,
+            distributed_executor_backend="uni",
+            disable_log_stats=False,
+            skip_tokenizer_init=True,
+            num_gpu_blocks_override=400,
+            hf_overrides=overrides or {},
+            speculative_config={
+                "method": method,
+                "model": str(drafter),
+                "num_speculative_tokens": k,
+                "draft_sample_method": draft_sample_method,
+            },
+            additional_config={"drafttrain": {"spool": str(spool), "engine": "bench"}},
+        )
+        _kept.append(self.llm)
+
+    @property
+    def runner(self) -> Any:
+        """The V1 model runner."""
+        core = self.llm.llm_engine.engine_core.engine_core
+        return core.model_executor.driver_worker.worker.model_runner
+
+    def generate(
+        self, prompts: Sequence[list[int]], temperature: float, max_tokens: int
+    ) -> list[Rollout]:
+        """The rollouts that came of it, from the spool."""
+        from vllm import SamplingParams
+
+        reader = SpoolReader(self.spool)
+        seen = set(reader.segment_paths())
+        params = SamplingParams(
+            temperature=temperature, max_tokens=max_tokens, detokenize=False, ignore_eos=True
+        )
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        self.llm.generate(inputs, params, use_tqdm=False)
+        assert all(self.llm.collective_rpc("drafttrain_flush"))
+        new = [path for path in reader.segment_paths() if path not in seen]
+        return [rollout for path in new for rollout in reader.read(path).rollouts]
+
+    def acceptance(self) -> Acceptance:
+        """The counters so far."""
+        answer = self.llm.collective_rpc("drafttrain_status")[0]
+        return EngineStatus.model_validate(answer).acceptance
+
+
+def prompts(count: int, salt: int = 0, vocab: int = 128) -> list[list[int]]:
+    """Token ids, 6 to 17 of them, all different."""
+    return [
+        [(31 * i + 7 * j * j + 13 * j + 101 * salt + i * j) % (vocab - 2) + 2 for j in range(n)]
+        for i, n in ((i, 6 + i % 12) for i in range(count))
+    ]

@@ -1,0 +1,156 @@
+"""Eagle3 drafters in vLLM's raw layout (vLLM 0.32, ``llama_eagle3.py`` and ``qwen3_eagle3.py``)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from drafttrain.checkpoints.decoder_format import ExpectedTensors, Shapes
+from drafttrain.checkpoints.manifest import Size
+from drafttrain.config import explain
+from drafttrain.errors import CheckpointError
+
+QWEN3 = "Eagle3Qwen3ForCausalLM"
+ARCHITECTURES_EAGLE3 = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", QWEN3)
+
+# The decoder layer has two names in the wild; shapes are listed under the first.
+LAYER = "midlayer."
+LAYER_ALIAS = "layers.0."
+
+_LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
+
+
+class Eagle3Config(BaseModel):
+    """What decides the tensors of an Eagle3 drafter; defaults are the engine's."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+
+    architectures: list[str]
+    hidden_size: Size
+    intermediate_size: Size
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    num_hidden_layers: Size
+    head_dim: Size
+    vocab_size: Size
+    """Of the target."""
+    draft_vocab_size: Size
+    target_hidden_size: Size
+    eagle_aux_hidden_state_layer_ids: list[int]
+    num_aux_hidden_states: Size
+    norm_before_residual: bool = False
+    norm_before_fc: bool = False
+    fc_norm: bool = False
+    norm_output: bool = False
+    attention_bias: bool = False
+
+
+def eagle3_tensors(parsed: Eagle3Config) -> ExpectedTensors:
+    """The decoder layer is listed as ``midlayer.``; files may call it ``layers.0.``."""
+    hidden, vocab = parsed.hidden_size, parsed.vocab_size
+    features = parsed.num_aux_hidden_states * parsed.target_hidden_size
+    required: Shapes = {
+        "fc.weight": (hidden, features),
+        "norm.weight": (hidden,),
+        "lm_head.weight": (parsed.draft_vocab_size, hidden),
+    }
+    first = _layer_tensors(parsed, 2 * hidden) | {"hidden_norm.weight": (hidden,)}
+    required |= {LAYER + name: shape for name, shape in first.items()}
+    optional: Shapes = {"t2d": (vocab,)}
+    for index in range(1, parsed.num_hidden_layers):
+        layer = _layer_tensors(parsed, hidden)
+        required |= {f"layers.{index}.{name}": shape for name, shape in layer.items()}
+        # The engine makes one for every layer and uses the first.
+        optional[f"layers.{index}.hidden_norm.weight"] = (hidden,)
+    if parsed.norm_before_fc:
+        required["input_norm.weight"] = (features,)
+    if parsed.fc_norm:
+        for index in range(parsed.num_aux_hidden_states):
+            required[f"fc_norm.{index}.weight"] = (parsed.target_hidden_size,)
+    if parsed.draft_vocab_size != vocab:
+        required["d2t"] = (parsed.draft_vocab_size,)
+    # An absent embedding means the target's, which only fits a drafter of the same width.
+    shared = hidden == parsed.target_hidden_size
+    (optional if shared else required)["embed_tokens.weight"] = (vocab, hidden)
+    return ExpectedTensors(required, optional)
+
+
+def _layer_tensors(config: Eagle3Config, width: int) -> Shapes:
+    """Of a layer whose attention reads `width` features."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    qwen3 = config.architectures == [QWEN3]
+    tensors: Shapes = {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (queries, width),
+        "self_attn.k_proj.weight": (keys, width),
+        "self_attn.v_proj.weight": (keys, width),
+        "self_attn.o_proj.weight": (hidden, queries),
+        "mlp.gate_proj.weight": (inner, hidden),
+        "mlp.up_proj.weight": (inner, hidden),
+        "mlp.down_proj.weight": (hidden, inner),
+    }
+    if config.attention_bias:
+        tensors["self_attn.q_proj.bias"] = (queries,)
+        tensors["self_attn.k_proj.bias"] = tensors["self_attn.v_proj.bias"] = (keys,)
+        if not qwen3:
+            tensors["self_attn.o_proj.bias"] = (hidden,)
+    if qwen3:
+        tensors["self_attn.q_norm.weight"] = (config.head_dim,)
+        tensors["self_attn.k_norm.weight"] = (config.head_dim,)
+    return tensors
+
+
+def parse_eagle3(config: dict[str, Any], where: str | Path) -> Eagle3Config:
+    """Check ``config.json`` and fill in what the engine fills in.
+
+    Raises:
+        CheckpointError: a key is missing, or its value is wrong or contradicts another.
+    """
+    eagle = config.get("eagle_config") or {}
+    if not isinstance(eagle, dict):
+        raise CheckpointError(where, "eagle_config", "expected an object")
+    try:
+        parsed = Eagle3Config.model_validate(_filled(config, eagle))
+    except ValidationError as error:
+        raise explain(error, where, CheckpointError) from error
+    _check_layer_ids(parsed, eagle, where)
+    if eagle.get("use_aux_hidden_state", True) is not True:
+        raise CheckpointError(where, "eagle_config.use_aux_hidden_state", "expected true")
+    if parsed.draft_vocab_size > parsed.vocab_size:
+        problem = f"{parsed.draft_vocab_size}, expected at most vocab_size {parsed.vocab_size}"
+        raise CheckpointError(where, "draft_vocab_size", problem)
+    return parsed
+
+
+def _filled(config: dict[str, Any], eagle: dict[str, Any]) -> dict[str, Any]:
+    filled = {key: value for key, value in config.items() if value is not None}
+    hidden, heads = filled.get("hidden_size"), filled.get("num_attention_heads")
+    ids = filled.get(_LAYER_IDS, eagle.get(_LAYER_IDS))
+    defaults = {
+        _LAYER_IDS: ids,
+        "num_aux_hidden_states": len(ids) if isinstance(ids, list) else None,
+        "num_key_value_heads": heads,
+        "target_hidden_size": hidden,
+        "draft_vocab_size": filled.get("vocab_size"),
+    }
+    if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+        defaults["head_dim"] = hidden // heads
+    # The engine reads this one from the inner object first.
+    inner = {"norm_before_fc": eagle["norm_before_fc"]} if "norm_before_fc" in eagle else {}
+    present = {key: value for key, value in defaults.items() if value is not None}
+    return {**present, **filled, **inner}
+
+
+def _check_layer_ids(config: Eagle3Config, eagle: dict[str, Any], where: str | Path) -> None:
+    ids = config.eagle_aux_hidden_state_layer_ids
+    if eagle.get(_LAYER_IDS, ids) != ids:
+        raise CheckpointError(where, f"eagle_config.{_LAYER_IDS}", f"differs from {ids} above it")
+    # Ascending too: the engine sorts them, and would hand the drafter its features in that order.
+    if ids != sorted(set(ids)) or len(ids) != config.num_aux_hidden_states or min(ids) < 0:
+        problem = f"{ids}, expected {config.num_aux_hidden_states} distinct layers, ascending"
+        raise CheckpointError(where, _LAYER_IDS, problem)

@@ -1,0 +1,272 @@
+"""MTP heads of every family: training-time test token by token, and their way in and out."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import making
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from drafttrain.checkpoints.manifest import TargetFingerprint
+from drafttrain.checkpoints.mtp_format import FAMILIES, family_of
+from drafttrain.checkpoints.verify import verify
+from drafttrain.drafters import MTPDrafter, PolicyShape, load_drafter
+from drafttrain.drafters.batch import Batch, make_batch
+from drafttrain.drafters.policy import weight_files
+from drafttrain.errors import CheckpointError, RolloutError
+from drafttrain.rollouts.record import PolicyHead
+
+DEPTHS = 3
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 23,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
+DENSE = {"intermediate_size": 48, "head_dim": 8}
+EXPERTS = {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
+QWEN_EXPERTS = EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 24, "head_dim": 8}
+DEEPSEEK_EXPERTS = EXPERTS | {
+    "n_routed_experts": 4,
+    "n_shared_experts": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "intermediate_size": 48,
+}
+LATENT = {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "qk_nope_head_dim": 8}
+LATENT |= {"q_lora_rank": 24, "num_key_value_heads": 4}
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mimo": ("Qwen2Config", DENSE),
+    "qwen3_next": ("Qwen3NextConfig", QWEN_EXPERTS | {"intermediate_size": 48}),
+    "qwen3_5": ("Qwen3_5TextConfig", DENSE),
+    "qwen3_5_moe": ("Qwen3_5MoeTextConfig", QWEN_EXPERTS),
+    "deepseek_v3": ("DeepseekV3Config", DEEPSEEK_EXPERTS | LATENT),
+    "glm4_moe": ("Glm4MoeConfig", DEEPSEEK_EXPERTS | {"use_qk_norm": True, "head_dim": 8}),
+}
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def policy_of(family: str) -> PolicyShape:
+    name, sizes = CONFIGS[family]
+    config = getattr(transformers, name)(**SIZES | sizes)
+    config.architectures = [FAMILIES[family].architecture]
+    setattr(config, FAMILIES[family].count_key, 1)
+    return PolicyShape(config)
+
+
+def random_head(policy: PolicyShape, seed: int = 0) -> MTPDrafter:
+    torch.manual_seed(seed)
+    drafter = MTPDrafter.initialise(policy)
+    for parameter in drafter.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return drafter
+
+
+def batch_for(drafter: MTPDrafter, policy: PolicyShape, count: int = 2) -> tuple[Batch, PolicyHead]:
+    head = making.policy_head(policy)
+    layout = dataclasses.replace(
+        making.layout(policy), last_hidden_normed=drafter.reads_normed, layer_ids=()
+    )
+    return make_batch(making.rollouts(policy, count), layout, head), head
+
+
+def write_policy(folder: Path, policy: PolicyShape, head: MTPDrafter | None) -> Path:
+    """As a policy ships it: trunk and head in one checkpoint. The trunk here is only its ends."""
+    folder.mkdir()
+    config = policy.config.to_dict()
+    (folder / "config.json").write_text(json.dumps(config))
+    table = (policy.vocab_size, policy.hidden_size)
+    trunk = {"model.embed_tokens.weight": torch.randn(table), "lm_head.weight": torch.randn(table)}
+    trunk["model.norm.weight"] = torch.ones(policy.hidden_size)
+    tensors = trunk | ({} if head is None else head.head_tensors())
+    save_file(
+        {name: t.detach().contiguous().clone() for name, t in tensors.items()},
+        folder / "model.safetensors",
+    )
+    return folder
+
+
+@torch.no_grad()
+def draft_one_round(
+    drafter: MTPDrafter, tokens: Tensor, states: Tensor, embed: Tensor, slot: int
+) -> Tensor:
+    """What a round that starts at `slot` drafts, the whole prefix run again at every depth.
+
+    Args:
+        tokens: [T]; states: [T, H], of one rollout, as the engine hands them over.
+
+    Returns:
+        [DEPTHS, H].
+    """
+    family, layer = drafter.family, copy.deepcopy(drafter.layer)
+    layer.self_attn.config._attn_implementation = "eager"
+    known, outputs = list(states[: slot + 1]), []
+    for _ in range(DEPTHS):
+        rows = len(known)
+        embeds = torch.nn.functional.embedding(tokens[1 : rows + 1], embed)
+        if family.zero_first:
+            embeds = embeds * (torch.arange(rows) > 0)[:, None]
+        parts = [drafter.embed_norm(embeds), drafter.hidden_norm(torch.stack(known))]
+        x = drafter.project(torch.cat(parts if family.embed_first else parts[::-1], -1))[None]
+        positions = torch.arange(rows)[None]
+        future = torch.full((rows, rows), float("-inf")).triu(1)[None, None]
+        hidden = layer(
+            x,
+            attention_mask=future,
+            position_ids=positions,
+            position_embeddings=drafter.rotary(x, positions),
+        )[0, -1]
+        outputs.append(drafter.out_norm(hidden))
+        known.append(outputs[-1] if family.feeds_normed else hidden)
+    return torch.stack(outputs)
+
+
+@families
+def test_unroll_equals_drafting_token_by_token(family: str) -> None:
+    policy = policy_of(family)
+    drafter = random_head(policy)
+    batch, head = batch_for(drafter, policy)
+    with torch.no_grad():
+        unrolled = drafter.unroll(batch, head.embed_tokens, DEPTHS)
+    for index, start in enumerate(batch.rounds.tolist()):
+        rollout, slot = int(batch.rollout_of[start]), int(batch.positions[start])
+        first, last = batch.offsets[rollout : rollout + 2].tolist()
+        if slot + 1 + DEPTHS >= last - first:
+            continue
+        expected = draft_one_round(
+            drafter,
+            batch.tokens[first:last],
+            batch.engine_hidden[first:last],
+            head.embed_tokens,
+            slot,
+        )
+        torch.testing.assert_close(unrolled[:, index], expected, rtol=1e-3, atol=1e-4)
+
+
+@families
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exports_are_what_the_family_names(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    policy = policy_of(family)
+    drafter = random_head(policy)
+    drafter.export(tmp_path, dtype)
+    target = TargetFingerprint.from_config(policy.config.to_dict())
+    verified = verify(tmp_path, target)
+    assert family_of(verified.config) == family
+    kept = [name for name, t in verified.tensors.items() if t.dtype != dtype]
+    assert all(name.endswith("e_score_correction_bias") for name in kept), "others are cast"
+    loaded = load_drafter(tmp_path, policy)
+    for name, tensor in drafter.state_dict().items():
+        expected = tensor if name.endswith("correction_bias") else tensor.to(dtype).float()
+        assert torch.equal(loaded.state_dict()[name], expected), name
+
+
+@families
+def test_every_parameter_gets_a_gradient(family: str) -> None:
+    policy = policy_of(family)
+    drafter = random_head(policy)
+    batch, head = batch_for(drafter, policy, count=6)
+    drafter.unroll(batch, head.embed_tokens, 2).square().sum().backward()
+    without = [name for name, p in drafter.named_parameters() if p.grad is None]
+    assert not without
+
+
+@families
+def test_a_policys_own_head_is_taken_and_put_back(family: str, tmp_path: Path) -> None:
+    policy = policy_of(family)
+    shipped, trained = random_head(policy), random_head(policy, seed=5)
+    folder = write_policy(tmp_path / "policy", policy, shipped)
+    taken = MTPDrafter.from_policy(folder, policy)
+    for name, tensor in shipped.state_dict().items():
+        assert torch.equal(taken.state_dict()[name], tensor), name
+
+    trained.stitch(folder, tmp_path / "out")
+    again = MTPDrafter.from_policy(tmp_path / "out", PolicyShape.from_folder(tmp_path / "out"))
+    for name, tensor in trained.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    before, after = weight_files(folder), weight_files(tmp_path / "out")
+    assert after.keys() == before.keys(), "nothing lost, nothing twice"
+    old = load_file(folder / "model.safetensors")
+    kept = load_file(tmp_path / "out" / "model.safetensors")
+    assert kept.keys() == before.keys() - trained.head_tensors().keys()
+    assert all(torch.equal(old[name], tensor) for name, tensor in kept.items())
+
+
+def test_a_head_is_put_into_a_policy_that_had_none(tmp_path: Path) -> None:
+    policy = policy_of("mimo")
+    folder = write_policy(tmp_path / "policy", policy, None)
+    made = MTPDrafter.from_policy(folder, policy)
+    made.stitch(folder, tmp_path / "out")
+    names = weight_files(tmp_path / "out")
+    assert names.keys() == weight_files(folder).keys() | made.head_tensors().keys()
+    with pytest.raises(CheckpointError, match="exists already"):
+        made.stitch(folder, tmp_path / "out")
+
+
+def test_a_policy_of_another_family_gets_no_foreign_head(tmp_path: Path) -> None:
+    folder = write_policy(tmp_path / "policy", policy_of("qwen3_5"), None)
+    with pytest.raises(CheckpointError, match="MiMoForCausalLM"):
+        random_head(policy_of("mimo")).stitch(folder, tmp_path / "out")
+
+
+def test_a_multimodal_policy_keeps_its_head_deeper(tmp_path: Path) -> None:
+    policy = policy_of("deepseek_v3")
+    shipped = random_head(policy)
+    folder = write_policy(tmp_path / "policy", policy, shipped)
+    tensors = load_file(folder / "model.safetensors")
+    deeper = {f"language_model.{name}": tensor.clone() for name, tensor in tensors.items()}
+    deeper["language_model.model.layers.4.shared_head.head.weight"] = torch.zeros(23, 32)
+    save_file(deeper, folder / "model.safetensors")
+    taken = MTPDrafter.from_policy(folder, policy)
+    assert torch.equal(taken.project.weight, shipped.project.weight)
+
+
+def test_half_a_head_is_refused(tmp_path: Path) -> None:
+    policy = policy_of("qwen3_next")
+    folder = write_policy(tmp_path / "policy", policy, random_head(policy))
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["mtp.layers.0.mlp.experts.2.up_proj.weight"]
+    making.write_tensors(folder, {name: tensor.clone() for name, tensor in tensors.items()})
+    with pytest.raises(CheckpointError, match="MTP head"):
+        MTPDrafter.from_policy(folder, policy)
+
+
+def test_a_policy_without_a_family_gets_a_mimo_head() -> None:
+    drafter = MTPDrafter.initialise(making.policy_shape())
+    assert drafter.family is FAMILIES["mimo"]
+    assert drafter.reads_normed, "a Qwen3 hands its state over after its final norm"
+    layout = dataclasses.replace(making.layout(making.policy_shape()), last_hidden_normed=False)
+    with pytest.raises(RolloutError, match="reads it after"):
+        drafter.check_layout(layout)
+
+
+def test_the_state_before_the_final_norm_is_what_mimo_reads() -> None:
+    policy = policy_of("mimo")
+    drafter = random_head(policy)
+    assert not drafter.reads_normed
+    batch, head = batch_for(drafter, policy)
+    assert batch.raw_hidden is not None
+    assert batch.engine_hidden is batch.raw_hidden
+    scaled = dataclasses.replace(batch, last_hidden=batch.last_hidden * 3)
+    assert torch.equal(
+        drafter.unroll(batch, head.embed_tokens, 1), drafter.unroll(scaled, head.embed_tokens, 1)
+    )
+
+
+def test_more_than_one_head_is_refused(tmp_path: Path) -> None:
+    policy = policy_of("mimo")
+    random_head(policy).export(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 3}))
+    with pytest.raises(CheckpointError, match="num_nextn_predict_layers"):
+        load_drafter(tmp_path, policy)
