@@ -102,6 +102,7 @@ def test_rollouts_of_a_batch_do_not_see_each_other() -> None:
         **{
             name: value[1:, :8] if value.dim() > 1 else value[1:]
             for name, value in vars(both).items()
+            if value is not None
         }
     )
     together = drafter.unroll(both, embed, DEPTHS)[:, 1, : 8 - 1 - DEPTHS]

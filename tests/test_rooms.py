@@ -23,7 +23,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
     "config": ({"errors"}, {"pydantic", "yaml"}),
     "checkpoints": (FOUNDATION, TORCH),
-    "rollouts": (FOUNDATION, TORCH),
+    "rollouts": (FOUNDATION, TORCH | {"pyarrow", "msgpack", "jinja2"}),
     "drafters": (DATA, TORCH | {"transformers"}),
     "training": (LEARNING, TORCH | {"transformers"}),
     "control": (LEARNING, TORCH),

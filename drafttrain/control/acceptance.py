@@ -90,7 +90,7 @@ def bootstrap_picks(groups: int, seed: int, samples: int = 1000) -> Tensor:
 def usable(rollout: Rollout, k: int) -> bool:
     """Whether a rollout can be replayed: every row captured, and one full round fits in it."""
     complete = bool(rollout.captured[: rollout.length - 1].all())
-    return complete and rollout.completion_length > k + 1
+    return complete and int(rollout.sampled_runs.max()) > k + 1
 
 
 @torch.no_grad()
@@ -181,17 +181,17 @@ def replay_rounds(w: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     survive = torch.cat([torch.ones_like(w[:1]), w.cumprod(0)])
     exactly = survive.clone()
     exactly[:-1] -= survive[1:]
-    starts = torch.zeros(length + k + 1, rollouts, dtype=torch.float64)
-    first = batch.prompt_lengths
-    # The first sampled token comes from the prefill, so drafting starts right after it.
-    starts[first, torch.arange(rollouts)] = 1.0
+    runs = F.pad(batch.runs, (0, k + 1)).T
+    # The first sampled token of a run comes from the prefill, so drafting starts right after it.
+    starts = (runs == 1).double()
     rounds = torch.zeros(rollouts, dtype=torch.float64)
     accepted = torch.zeros(rollouts, k, dtype=torch.float64)
-    for t in range(int(first.min()), length):
+    for t in range(int(batch.prompt_lengths.min()), length):
         here = starts[t]
         for drafts in range(k + 1):
-            starts[t + drafts + 1] += here * exactly[drafts, :, t]
-        counted = here * (t + k < batch.lengths)
+            same_run = runs[t + drafts + 1] == runs[t] + drafts + 1
+            starts[t + drafts + 1] += here * exactly[drafts, :, t] * same_run
+        counted = here * (runs[t + k] == runs[t] + k)
         rounds += counted
         accepted += (counted * survive[1:, :, t]).T
     return rounds, accepted

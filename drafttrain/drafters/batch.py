@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from drafttrain.rollouts.record import FeatureLayout, PolicyHead, Rollout
+from drafttrain.rollouts.record import FeatureLayout, PolicyHead, Rollout, sampled_runs
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Batch:
         prompt_lengths: int64 [B].
         lengths: int64 [B], prompt and completion.
         temperatures: float [B], of the rollout's sampling.
+        generated: bool [B, T], or None when all completions were sampled as a whole.
     """
 
     tokens: Tensor
@@ -33,6 +34,16 @@ class Batch:
     prompt_lengths: Tensor
     lengths: Tensor
     temperatures: Tensor
+    generated: Tensor | None = None
+
+    @property
+    def runs(self) -> Tensor:
+        """:func:`sampled_runs` of every rollout, 0 where padded: int64 [B, T]."""
+        if self.generated is not None:
+            return sampled_runs(self.generated)
+        position = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        runs = (position - self.prompt_lengths[:, None] + 1).clamp_min(0)
+        return runs * (position < self.lengths[:, None])
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
@@ -68,6 +79,7 @@ def make_batch(rollouts: Sequence[Rollout], layout: FeatureLayout, head: PolicyH
         prompt_lengths=torch.tensor([rollout.prompt_length for rollout in rollouts]),
         lengths=torch.tensor([rollout.length for rollout in rollouts]),
         temperatures=torch.tensor([rollout.temperature or 1.0 for rollout in rollouts]),
+        generated=_generated(rollouts),
     )
 
 
@@ -84,6 +96,12 @@ def length_buckets(rollouts: Sequence[Rollout], tokens: int) -> Iterator[list[Ro
         bucket.append(rollout)
     if bucket:
         yield bucket
+
+
+def _generated(rollouts: Sequence[Rollout]) -> Tensor | None:
+    if all(rollout.generated is None for rollout in rollouts):
+        return None
+    return _pad([rollout.sampled_runs > 0 for rollout in rollouts])
 
 
 def _pad(rows: list[Tensor]) -> Tensor:

@@ -58,7 +58,8 @@ class DraftRows:
     """Which policy rows a batch trains on, and from which slot each depth drafted them.
 
     Row ``r`` of rollout ``b`` is drafted at depth ``j`` by the round at slot ``r - 1 - j``. The
-    engine's first round starts after the first sampled token, so rows begin at the prompt's length.
+    engine's first round starts after the first sampled token, so rows begin there, and a round
+    lies within one run of sampled tokens.
 
     Attributes:
         rollout, row: int64 [N].
@@ -72,12 +73,11 @@ class DraftRows:
     @classmethod
     def of(cls, batch: Batch, depths: int) -> DraftRows:
         """All rows of `batch` that were captured and can be drafted."""
-        position = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-        usable = batch.captured & (position >= batch.prompt_lengths[:, None])
+        runs = batch.runs
+        usable = batch.captured & (runs > 0) & (F.pad(runs[:, 1:], (0, 1)) > 0)
         rollout, row = usable.nonzero(as_tuple=True)
-        first = batch.prompt_lengths[rollout]
         depth = torch.arange(depths, device=row.device)[:, None]
-        return cls(rollout, row, row >= first + depth)
+        return cls(rollout, row, runs[rollout, row] > depth)
 
     def gather(self, hidden: Tensor, start: int, stop: int) -> Tensor:
         """Drafting hidden states of rows [start, stop): [D, n, H]; zeros where no round drafted."""
