@@ -25,7 +25,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "checkpoints": (FOUNDATION, TORCH),
     "rollouts": (FOUNDATION, TORCH | {"pyarrow", "msgpack", "jinja2"}),
     "drafters": (DATA, TORCH | {"transformers"}),
-    "training": (LEARNING, TORCH | {"transformers"}),
+    "training": (LEARNING, TORCH | {"transformers", "accelerate"}),
     "control": (LEARNING, TORCH),
     "telemetry": (FOUNDATION, set()),
     "publishing": (LOOPS, TORCH),

@@ -142,9 +142,11 @@ def acceptance_weights(
     Entries whose drafted token lies outside the rollout are zero.
     """
     length = batch.tokens.shape[1]
-    hidden = drafter.unroll(batch, head.embed_tokens.float(), k)
+    device = drafter.lm_head.weight.device
+    batch = batch.to(device)
+    hidden = drafter.unroll(batch, head.embed_tokens.to(device).float(), k)
     temperature = batch.temperatures[:, None, None]
-    policy_logits = batch.last_hidden @ head.lm_head.float().T / temperature
+    policy_logits = batch.last_hidden @ head.lm_head.to(device).float().T / temperature
     log_p = _recorded(F.log_softmax(policy_logits[:, :-1], -1), batch.tokens[:, 1:])
     w = torch.zeros(k, *batch.tokens.shape, dtype=torch.float64)
     for depth in range(k):

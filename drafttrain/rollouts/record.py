@@ -126,7 +126,7 @@ def sampled_runs(generated: Tensor) -> Tensor:
         generated: bool [..., T].
 
     Returns:
-        int64 [..., T], 0 where a token was given to the policy, 1 at the first of a run, then 2, ...
+        int64 [..., T]: 0 where a token was given to the policy; 1, 2, ... within a run.
     """
     total = generated.long().cumsum(-1)
     return total - (total * ~generated).cummax(-1).values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from drafttrain.drafters.batch import length_buckets, make_batch
 from drafttrain.drafters.contract import Drafter
 from drafttrain.errors import CheckpointError, RolloutError
 from drafttrain.rollouts.record import FeatureLayout, PolicyHead, Rollout
+from drafttrain.training.devices import Devices, divided_as, whole, whole_copy
 from drafttrain.training.losses import draft_loss
 
 STATE_SCHEMA = 1
@@ -58,9 +60,18 @@ class Trainer:
     """
 
     def __init__(
-        self, drafter: Drafter, config: TrainingConfig, total_steps: int | None = None
+        self,
+        drafter: Drafter,
+        config: TrainingConfig,
+        total_steps: int | None = None,
+        devices: Devices | None = None,
     ) -> None:
-        """With `total_steps` the learning rate decays over the last fifth (WSD), else it stays."""
+        """With `total_steps` the learning rate decays over the last fifth (WSD), else it stays.
+
+        With `devices` several processes may train together; without, this one does.
+        """
+        self._devices = devices or Devices()
+        self._plain = copy.deepcopy(drafter) if self._devices.sharded else drafter
         self.drafter = drafter.float()
         self.config = config
         self.total_steps = total_steps
@@ -70,6 +81,8 @@ class Trainer:
         self._averaged = AveragedModel(
             self.drafter, multi_avg_fn=get_ema_multi_avg_fn(config.average_decay)
         )
+        for placed in (self.drafter, self.average):
+            self._devices.place(placed)
         self.optimizer = torch.optim.AdamW(
             drafter.parameters(),
             lr=config.learning_rate,
@@ -81,13 +94,36 @@ class Trainer:
     def average(self) -> Drafter:
         return cast(Drafter, self._averaged.module)
 
+    @property
+    def whole_drafter(self) -> Drafter:
+        """The drafter, gathered when its weights are divided among processes."""
+        return whole_copy(self.drafter, self._plain) if self._devices.sharded else self.drafter
+
     def step(
         self, rollouts: Sequence[Rollout], layout: FeatureLayout, heads: dict[int, PolicyHead]
     ) -> StepReport:
-        """One optimizer step on `rollouts`.
+        """One optimizer step on `rollouts`, divided into microbatches here.
 
-        Rollouts of one policy version and similar length go through the drafter together;
-        gradients add up over these parts, weighted by their rows.
+        Raises:
+            RolloutError: as :meth:`step_on`.
+        """
+        parts = []
+        for version in sorted({rollout.policy_version for rollout in rollouts}):
+            same_policy = [rollout for rollout in rollouts if rollout.policy_version == version]
+            parts += list(length_buckets(same_policy, self.config.tokens_per_step))
+        return self.step_on(parts, layout, heads)
+
+    def step_on(
+        self,
+        parts: Sequence[Sequence[Rollout]],
+        layout: FeatureLayout,
+        heads: dict[int, PolicyHead],
+    ) -> StepReport:
+        """One optimizer step; gradients add up over microbatches and processes, by their rows.
+
+        Args:
+            parts: this process's microbatches, each of one policy version and similar lengths;
+                with sharded weights every process has the same number of them.
 
         Raises:
             RolloutError: their aux layers are not the drafter's, or NaN or infinity came of them.
@@ -95,21 +131,30 @@ class Trainer:
         self.drafter.check_layout(layout)
         self._set_learning_rate()
         self.optimizer.zero_grad(set_to_none=True)
-        loss, acceptance, rows = 0.0, torch.zeros(self.config.draft_tokens), 0
-        for version in sorted({rollout.policy_version for rollout in rollouts}):
-            same_policy = [rollout for rollout in rollouts if rollout.policy_version == version]
-            for bucket in length_buckets(same_policy, self.config.tokens_per_step):
-                part_loss, part_acceptance, part_rows = self._backward(
-                    bucket, layout, heads[version]
-                )
-                loss += part_loss
-                acceptance += part_acceptance * part_rows
-                rows += part_rows
-        rows = max(rows, 1)
+        # Loss, tokens, rows and acceptance at each depth; the first and the last weighted by rows.
+        sums = torch.zeros(3 + self.config.draft_tokens, dtype=torch.float64)
+        for part in parts:
+            loss, acceptance, rows = self._backward(part, layout, heads[part[0].policy_version])
+            tokens = sum(rollout.length for rollout in part)
+            sums[:3] += torch.tensor([loss, tokens, rows], dtype=torch.float64)
+            sums[3:] += acceptance.double().cpu() * rows
+        sums = self._devices.total(sums).cpu()
+        norm = self._update(max(int(sums[2]), 1), [rollout for part in parts for rollout in part])
+        self.step_count += 1
+        self.tokens_seen += int(sums[1])
+        means = sums / sums[2].clamp_min(1)
+        return StepReport(
+            self.step_count, float(means[0]), means[3:].tolist(), int(sums[1]), float(norm)
+        )
+
+    def _update(self, rows: int, rollouts: Sequence[Rollout]) -> Tensor:
+        """Apply the gradients, which are sums over `rows`; returns their norm before clipping."""
+        self._devices.add_gradients(self.drafter.parameters())
         for parameter in self.drafter.parameters():
             if parameter.grad is not None:
                 parameter.grad /= rows
         norm = torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), self.config.gradient_clip)
+        norm = whole(norm)
         if not torch.isfinite(norm):
             names = ", ".join(rollout.rollout_id for rollout in rollouts[:5])
             raise RolloutError(
@@ -117,23 +162,21 @@ class Trainer:
             )
         self.optimizer.step()
         self._averaged.update_parameters(self.drafter)
-        self.step_count += 1
-        tokens = sum(rollout.length for rollout in rollouts)
-        self.tokens_seen += tokens
-        return StepReport(
-            self.step_count, loss / rows, (acceptance / rows).tolist(), tokens, float(norm)
-        )
+        return norm
 
     def _backward(
         self, rollouts: Sequence[Rollout], layout: FeatureLayout, head: PolicyHead
     ) -> tuple[float, Tensor, int]:
-        batch = make_batch(rollouts, layout, head)
-        hidden = self.drafter.unroll(batch, head.embed_tokens.float(), self.config.draft_tokens)
+        device = self._devices.device
+        batch = make_batch(rollouts, layout, head).to(device)
+        embed_tokens = head.embed_tokens.to(device).float()
+        with self._devices.autocast():
+            hidden = self.drafter.unroll(batch, embed_tokens, self.config.draft_tokens)
         result = draft_loss(
-            hidden,
+            hidden.float(),
             self.drafter.lm_head.weight,
             batch,
-            head.lm_head.float(),
+            head.lm_head.to(device).float(),
             objective=self.config.objective,
             depth_decay=self.config.depth_decay,
         )
@@ -156,19 +199,22 @@ class Trainer:
             folder: the state's folder; its ``trainer.safetensors`` is replaced atomically.
             progress: what else the caller must remember, as JSON.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"drafter.{name}": t for name, t in self.drafter.state_dict().items()}
         tensors |= {f"average.{name}": t for name, t in self._averaged.state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             for key, value in state.items():
                 tensors[f"optimizer.{index}.{key}"] = torch.as_tensor(value)
         tensors["rng"] = self.generator.get_state()
+        tensors = {name: whole(tensor).cpu() for name, tensor in tensors.items()}
+        if self._devices.rank > 0:
+            return
         document = {
             "schema": STATE_SCHEMA,
             "step_count": self.step_count,
             "tokens_seen": self.tokens_seen,
             "progress": progress,
         }
+        folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / "trainer.safetensors.tmp"
         save_file(tensors, temporary, metadata={"drafttrain": json.dumps(document)})
         with temporary.open("rb+") as file:
@@ -184,16 +230,19 @@ class Trainer:
         path = folder / "trainer.safetensors"
         document = _state_document(path)
         tensors = load_file(path)
-        drafter = _with_prefix(tensors, "drafter.")
         try:
-            self.drafter.load_state_dict(drafter)
-            self._averaged.load_state_dict(_with_prefix(tensors, "average."))
+            _load(self.drafter, _with_prefix(tensors, "drafter."))
+            _load(self._averaged, _with_prefix(tensors, "average."))
         except RuntimeError as error:
             raise CheckpointError(path, "drafter", f"does not fit the drafter: {error}") from error
         state: dict[int, dict[str, Tensor]] = {}
+        parameters = list(self.drafter.parameters())
         for name, tensor in _with_prefix(tensors, "optimizer.").items():
             index, key = name.split(".", 1)
-            state.setdefault(int(index), {})[key] = tensor
+            reference = parameters[int(index)]
+            state.setdefault(int(index), {})[key] = (
+                divided_as(reference, tensor) if tensor.shape == reference.shape else tensor
+            )
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.generator.set_state(tensors["rng"])
@@ -201,6 +250,16 @@ class Trainer:
         self.tokens_seen = document["tokens_seen"]
         progress: dict[str, Any] = document["progress"]
         return progress
+
+
+def _load(module: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
+    own = module.state_dict()
+    module.load_state_dict(
+        {
+            name: divided_as(own[name], tensor) if name in own else tensor
+            for name, tensor in tensors.items()
+        }
+    )
 
 
 def _state_document(path: Path) -> dict[str, Any]:

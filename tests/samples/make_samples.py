@@ -80,12 +80,12 @@ def prime_rl() -> None:
     sequences = [PROMPT_IDS + answer for answer in ANSWER_IDS]
     masks = [[False] * len(PROMPT_IDS) + [True] * len(answer) for answer in ANSWER_IDS]
     padding = 2
-    tokens = sum(sequences, []) + [1] * padding
+    tokens = [token for ids in sequences for token in ids] + [1] * padding
     lengths = [len(sequences[0]), len(sequences[1]) + padding]
     names = ["adding"] * (len(tokens) - padding) + [""] * padding
     batch = [
         tokens,
-        sum(masks, []) + [False] * padding,
+        [entry for mask in masks for entry in mask] + [False] * padding,
         [0.0] * len(tokens),
         [0.0] * len(tokens),
         [position for length in lengths for position in range(length)],
