@@ -72,6 +72,34 @@ class GateConfig(Section):
     """How the engine drafts."""
 
 
+class PretrainConfig(Section):
+    """Offline training, from saved rollouts."""
+
+    training: TrainingConfig = TrainingConfig()
+    steps: int = Field(1000, ge=1)
+    """Optimizer steps at most."""
+    microbatch_tokens: int = Field(512, ge=1)
+    """Padded tokens that go through policy and drafter at once; a step adds up several."""
+    evaluate_every: int = Field(50, ge=1)
+    """Steps between two held-out estimates; the run's state is saved with each."""
+    holdout_fraction: Fraction = 0.125
+    """Prompt groups held out of training."""
+    held_out_rollouts: int = Field(128, ge=1)
+    """Of them, how many the estimates during training look at; the last one looks at all."""
+    patience: int = Field(4, ge=1)
+    """Estimates in a row without gain after which the learning rate begins its final decay."""
+    min_gain: float = Field(0.01, ge=0)
+    """Acceptance length that counts as gain."""
+    draft_sample_method: Literal["greedy", "probabilistic"] = "probabilistic"
+    """How the engine drafts."""
+    feature_memory: int = Field(4 << 30, ge=0)
+    """Bytes of features kept in memory, so that later epochs need not compute them again."""
+
+    @property
+    def microbatches_per_step(self) -> int:
+        return max(1, round(self.training.tokens_per_step / self.microbatch_tokens))
+
+
 class SidecarConfig(Section):
     """Everything the sidecar needs to know."""
 

@@ -29,7 +29,9 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "control": (LEARNING, TORCH),
     "telemetry": (FOUNDATION, set()),
     "publishing": (LOOPS, TORCH),
-    "pretrain": (LOOPS | {"publishing"}, TORCH),
+    "opening": (LOOPS, TORCH),
+    "evaluation": (LOOPS | {"opening"}, TORCH | {"rich"}),
+    "pretrain": (LOOPS | {"publishing", "opening"}, TORCH | {"matplotlib", "rich"}),
     "sidecar": (LOOPS | {"publishing"}, TORCH | {"watchfiles"}),
     "integrations": (DATA, TORCH | PLUGIN | {"httpx"}),
 }

@@ -19,7 +19,7 @@ few that run past its end.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,6 +70,21 @@ class AcceptanceEstimate:
             zeros.index_add(0, index, self.accepted.sum(1)),
             zeros.index_add(0, index, self.rounds),
         )
+
+    @classmethod
+    def together(cls, parts: Sequence[AcceptanceEstimate]) -> AcceptanceEstimate:
+        """Estimates of one drafter on different rollouts, as one."""
+        return cls(
+            [group for part in parts for group in part.groups],
+            torch.cat([part.rounds for part in parts]),
+            torch.cat([part.accepted for part in parts]),
+        )
+
+    def select(self, groups: Set[str]) -> AcceptanceEstimate:
+        """The same estimate on the rollouts of some prompt groups alone."""
+        rows = [row for row, group in enumerate(self.groups) if group in groups]
+        names = [self.groups[row] for row in rows]
+        return AcceptanceEstimate(names, self.rounds[rows], self.accepted[rows])
 
     def interval(self, level: float = 0.9, seed: int = 0) -> tuple[float, float]:
         """Bootstrap confidence interval of the acceptance length, over prompt groups."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from drafttrain.errors import CheckpointError
 from drafttrain.rollouts.record import PolicyHead
@@ -52,8 +53,27 @@ class PolicyShape:
         return int(self.config.vocab_size)
 
     @property
+    def max_length(self) -> int | None:
+        """Longest context in tokens; None when the configuration does not say."""
+        length: int | None = getattr(self.config, "max_position_embeddings", None)
+        return length
+
+    @property
     def num_layers(self) -> int:
         return int(self.config.num_hidden_layers)
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The policy's tokenizer.
+
+    Raises:
+        CheckpointError: the folder has none that transformers can load.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        problem = "rollouts hold text, but the policy's tokenizer cannot be loaded: "
+        raise CheckpointError(folder, "tokenizer", f"{problem}{error}") from error
 
 
 def read_policy_head(folder: str | Path, policy: PolicyShape) -> PolicyHead:

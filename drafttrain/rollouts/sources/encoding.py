@@ -40,12 +40,20 @@ class Encoder:
     """
 
     def __init__(
-        self, tokenizer: Callable[[], Tokenizer], vocab_size: int, max_length: int | None
+        self,
+        tokenizer: Callable[[], Tokenizer],
+        vocab_size: int,
+        max_length: int | None,
+        temperature: float = 1.0,
     ) -> None:
-        """Rollouts with ids beyond `vocab_size` or longer than `max_length` are refused."""
+        """Rollouts with ids beyond `vocab_size` or longer than `max_length` are refused.
+
+        `temperature` is that of rollouts which do not tell theirs.
+        """
         self._load = tokenizer
         self._tokenizer: Tokenizer | None = None
         self._vocab_size, self._max_length = vocab_size, max_length
+        self._temperature = temperature
 
     def encode(self, sample: Sample, where: str) -> list[SavedRollout]:
         """One rollout, or for some conversations one for each answer (:meth:`_conversation`).
@@ -157,6 +165,7 @@ class Encoder:
             known,
             rollout_id=known.rollout_id or where,
             group=known.group or prompt_group(sample.tokens[: rollout.prompt_length]),
+            temperature=self._temperature if known.temperature is None else known.temperature,
         )
         return replace(rollout, facts=facts)
 

@@ -90,6 +90,10 @@ class SavedRollout:
         return len(self.tokens)
 
     @property
+    def group(self) -> str:
+        return self.facts.group or ""
+
+    @property
     def prompt_length(self) -> int:
         """Tokens before the first one that the policy sampled."""
         return int(self.generated.int().argmax())
