@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,27 +85,53 @@ def _add_training(commands: Any) -> None:
     )
     init.add_argument("--rollouts", type=Path, help="a spool to choose those tokens from")
 
-    pretrain = _command(commands, "pretrain", _pretrain, "train a drafter from saved rollouts")
-    pretrain.add_argument("--target", type=Path, required=True, help="the policy's folder")
-    pretrain.add_argument("--rollouts", type=Path, required=True, help="a spool")
-    pretrain.add_argument("--drafter", type=Path, required=True, help="folder to start from")
-    pretrain.add_argument("--registry", type=Path, required=True, help="where to publish it")
-    pretrain.add_argument("--steps", type=_positive, default=400, help="optimizer steps")
-    pretrain.add_argument("--k", type=_positive, default=3, help="draft tokens")
-    pretrain.add_argument("--json", action="store_true")
-
-    evaluate = _command(commands, "eval", _eval, "acceptance of a drafter on recorded rollouts")
-    evaluate.add_argument("--target", type=Path, required=True, help="the policy's folder")
-    evaluate.add_argument("--drafter", type=Path, required=True)
-    evaluate.add_argument("--rollouts", type=Path, required=True, help="a spool")
-    evaluate.add_argument("--k", type=_positive, default=3, help="draft tokens")
-    evaluate.add_argument(
-        "--draft-sample-method", choices=["greedy", "probabilistic"], default="probabilistic"
-    )
-    evaluate.add_argument("--json", action="store_true")
+    _add_pretrain(_command(commands, "pretrain", _pretrain, "train a drafter from saved rollouts"))
+    _add_eval(_command(commands, "eval", _eval, "acceptance of drafters on recorded rollouts"))
 
     sidecar = _command(commands, "sidecar", _sidecar, "train online, beside an RL job")
     sidecar.add_argument("config", type=Path, metavar="CONFIG.yaml")
+
+
+def _add_pretrain(pretrain: argparse.ArgumentParser) -> None:
+    _add_inputs(pretrain)
+    pretrain.add_argument("--drafter", type=Path, required=True, help="folder to start from")
+    pretrain.add_argument("--registry", type=Path, required=True, help="where to publish it")
+    pretrain.add_argument("--out", type=Path, default=Path("runs/pretrain"), help="state, report")
+    pretrain.add_argument("--resume", action="store_true", help="continue the run in --out")
+    pretrain.add_argument("--steps", type=_positive, default=1000, help="optimizer steps at most")
+    pretrain.add_argument("--tokens-per-step", type=_positive, default=2048)
+    pretrain.add_argument("--microbatch-tokens", type=_positive, default=512)
+    pretrain.add_argument("--learning-rate", type=float, default=None)
+    pretrain.add_argument("--patience", type=_positive, default=4, help="estimates without gain")
+    pretrain.add_argument("--evaluate-every", type=_positive, default=50, help="steps")
+    pretrain.add_argument("--seed", type=int, default=0)
+    pretrain.add_argument("--memory", type=float, metavar="GIB", help="fit the microbatch to this")
+    pretrain.add_argument("--shard", action="store_true", help="divide the drafter (FSDP2)")
+
+
+def _add_eval(evaluate: argparse.ArgumentParser) -> None:
+    _add_inputs(evaluate)
+    evaluate.add_argument("--drafter", type=Path, required=True, nargs="+")
+    evaluate.add_argument("--by", choices=["domain", "group"], help="divide the result further")
+    evaluate.add_argument("--engine", action="store_true", help="count in a real vLLM as well")
+
+
+def _add_inputs(command: argparse.ArgumentParser) -> None:
+    """What the offline commands read."""
+    command.add_argument("--target", type=Path, required=True, help="the policy's folder")
+    command.add_argument(
+        "--rollouts", type=Path, required=True, nargs="+", help="a spool, or files of any format"
+    )
+    command.add_argument("--k", type=_positive, default=3, help="draft tokens")
+    command.add_argument(
+        "--draft-sample-method", choices=["greedy", "probabilistic"], default="probabilistic"
+    )
+    command.add_argument("--temperature", type=float, default=1.0, help="where none is recorded")
+    command.add_argument("--skip-malformed", action="store_true", help="and count them")
+    command.add_argument("--cache", type=Path, help="keep computed features in this folder")
+    command.add_argument("--policy-dtype", default="auto")
+    command.add_argument("--device-map", help="as transformers takes it: auto, ...")
+    command.add_argument("--json", action="store_true")
 
 
 def _add_checkpoints(commands: Any) -> None:
@@ -224,62 +251,74 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _pretrain(options: argparse.Namespace) -> None:
-    from rich.progress import Progress, TextColumn
+    from drafttrain.config import PretrainConfig, TrainingConfig
+    from drafttrain.pretrain.command import PretrainCommand
+    from drafttrain.pretrain.display import show_pretrain
 
-    from drafttrain.pretrain import pretrain_from_folders
-    from drafttrain.training.trainer import StepReport
-
-    columns = (*Progress.get_default_columns(), TextColumn("{task.fields[said]}"))
-    with Progress(*columns, disable=options.json) as progress:
-        bar = progress.add_task("training", total=options.steps, said="")
-
-        def show(report: StepReport) -> None:
-            rates = " ".join(f"{rate:.2f}" for rate in report.acceptance)
-            said = f"loss {report.loss:.3f}  accepted by position {rates}"
-            progress.update(bar, advance=1, said=said)
-
-        manifest = pretrain_from_folders(
-            target=options.target,
-            rollouts=options.rollouts,
-            drafter=options.drafter,
-            registry=options.registry,
-            steps=options.steps,
-            k=options.k,
-            on_step=show,
-        )
-    acceptance = manifest.acceptance
-    assert acceptance is not None
-    _print_result(
-        options.json,
-        {"version": manifest.version, **acceptance.model_dump()},
-        f"published version {manifest.version}: acceptance length "
-        f"{acceptance.acceptance_length:.2f} at k {options.k} on held-out rollouts",
+    rate = {} if options.learning_rate is None else {"learning_rate": options.learning_rate}
+    greedy = {"objective": "soft_cross_entropy"} if options.draft_sample_method == "greedy" else {}
+    config = PretrainConfig(
+        training=TrainingConfig(
+            draft_tokens=options.k,
+            tokens_per_step=options.tokens_per_step,
+            seed=options.seed,
+            **rate,
+            **greedy,
+        ),
+        steps=options.steps,
+        microbatch_tokens=options.microbatch_tokens,
+        evaluate_every=options.evaluate_every,
+        patience=options.patience,
+        draft_sample_method=options.draft_sample_method,
     )
+    command = PretrainCommand(
+        inputs=_inputs(options),
+        drafter=options.drafter,
+        registry=options.registry,
+        out=options.out,
+        config=config,
+        resume=options.resume,
+        memory=None if options.memory is None else int(options.memory * 2**30),
+        sharded=options.shard,
+    )
+    summary = show_pretrain(command, quiet=options.json)
+    if options.json and summary is not None:
+        print(json.dumps(summary))
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from drafttrain.pretrain import evaluate_folders
+    if options.engine:
+        from drafttrain.demo import ENVIRONMENT
 
-    estimate = evaluate_folders(
+        os.environ.update(ENVIRONMENT)  # before torch and vLLM are imported
+    from drafttrain.evaluation import evaluate, print_table, summaries
+
+    inputs = _inputs(options)
+    method = options.draft_sample_method
+    results = evaluate(inputs, options.drafter, k=options.k, method=method)
+    counted = None
+    if options.engine:
+        from drafttrain.integrations.vllm.measure import measure_drafters
+
+        counted = measure_drafters(options.target, results[0].requests, results, options.k, method)
+    rows = summaries(results, options.by, counted)
+    if options.json:
+        print(json.dumps(rows[0] if len(rows) == 1 else {"drafters": rows}))
+    else:
+        print_table(rows, options.by)
+
+
+def _inputs(options: argparse.Namespace) -> Any:
+    from drafttrain.opening import Inputs
+
+    return Inputs(
         target=options.target,
         rollouts=options.rollouts,
-        drafter=options.drafter,
-        k=options.k,
-        method=options.draft_sample_method,
-    )
-    low, high = estimate.interval()
-    per_position = estimate.accepted_per_position
-    _print_result(
-        options.json,
-        {
-            "acceptance_length": estimate.acceptance_length,
-            "accepted_per_position": per_position,
-            "interval": [low, high],
-            "rollouts": len(estimate.groups),
-        },
-        f"acceptance length {estimate.acceptance_length:.3f} [{low:.3f}, {high:.3f}], by position "
-        + " ".join(f"{rate:.2f}" for rate in per_position)
-        + f" ({len(estimate.groups)} rollouts)",
+        skip_malformed=options.skip_malformed,
+        temperature=options.temperature,
+        cache=options.cache,
+        policy_dtype=options.policy_dtype,
+        device_map=options.device_map,
     )
 
 

@@ -38,6 +38,9 @@ class TrainingConfig(Section):
     """The sidecar publishes a moving average of the weights; this much of it stays at each step."""
     warmup_steps: int = Field(20, ge=0)
     weight_decay: float = Field(0.0, ge=0)
+    feature_noise: float = Field(0.0, ge=0)
+    """Noise added to the policy's features, relative to their root mean square. It keeps a drafter
+    from learning few rollouts by heart; without effect on kinds that read no features."""
     gradient_clip: float = Field(1.0, gt=0)
     tokens_per_step: int = Field(2048, ge=1)
     """Rollout tokens in one optimizer step."""
@@ -78,6 +81,34 @@ class GateConfig(Section):
     """Optimizer steps between two candidates."""
     draft_sample_method: Literal["greedy", "probabilistic"] = "probabilistic"
     """How the engine drafts."""
+
+
+class PretrainConfig(Section):
+    """Offline training, from saved rollouts."""
+
+    training: TrainingConfig = TrainingConfig()
+    steps: int = Field(1000, ge=1)
+    """Optimizer steps at most."""
+    microbatch_tokens: int = Field(512, ge=1)
+    """Padded tokens that go through policy and drafter at once; a step adds up several."""
+    evaluate_every: int = Field(50, ge=1)
+    """Steps between two held-out estimates; the run's state is saved with each."""
+    holdout_fraction: Fraction = 0.125
+    """Prompt groups held out of training."""
+    held_out_rollouts: int = Field(128, ge=1)
+    """Of them, how many the estimates during training look at; the last one looks at all."""
+    patience: int = Field(4, ge=1)
+    """Estimates in a row without gain after which the learning rate begins its final decay."""
+    min_gain: float = Field(0.01, ge=0)
+    """Acceptance length that counts as gain."""
+    draft_sample_method: Literal["greedy", "probabilistic"] = "probabilistic"
+    """How the engine drafts."""
+    feature_memory: int = Field(4 << 30, ge=0)
+    """Bytes of features kept in memory, so that later epochs need not compute them again."""
+
+    @property
+    def microbatches_per_step(self) -> int:
+        return max(1, round(self.training.tokens_per_step / self.microbatch_tokens))
 
 
 class SidecarConfig(Section):

@@ -19,7 +19,7 @@ few that run past its end.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,6 +71,21 @@ class AcceptanceEstimate:
             zeros.index_add(0, index, self.rounds),
         )
 
+    @classmethod
+    def together(cls, parts: Sequence[AcceptanceEstimate]) -> AcceptanceEstimate:
+        """Estimates of one drafter on different rollouts, as one."""
+        return cls(
+            [group for part in parts for group in part.groups],
+            torch.cat([part.rounds for part in parts]),
+            torch.cat([part.accepted for part in parts]),
+        )
+
+    def select(self, groups: Set[str]) -> AcceptanceEstimate:
+        """The same estimate on the rollouts of some prompt groups alone."""
+        rows = [row for row, group in enumerate(self.groups) if group in groups]
+        names = [self.groups[row] for row in rows]
+        return AcceptanceEstimate(names, self.rounds[rows], self.accepted[rows])
+
     def interval(self, level: float = 0.9, seed: int = 0) -> tuple[float, float]:
         """Bootstrap confidence interval of the acceptance length, over prompt groups."""
         accepted, rounds = self.by_group()
@@ -90,7 +105,7 @@ def bootstrap_picks(groups: int, seed: int, samples: int = 1000) -> Tensor:
 def usable(rollout: Rollout, k: int) -> bool:
     """Whether a rollout can be replayed: every row captured, and one full round fits in it."""
     complete = bool(rollout.captured[: rollout.length - 1].all())
-    return complete and rollout.completion_length > k + 1
+    return complete and int(rollout.sampled_runs.max()) > k + 1
 
 
 @torch.no_grad()
@@ -141,12 +156,15 @@ def acceptance_weights(
 
     Entries whose drafted token lies outside the rollout are zero.
     """
-    hidden = drafter.unroll(batch, head.embed_tokens, k)
-    draft_head = drafter.head_weight(head.lm_head)
-    draft_rows = _rows_of_tokens(drafter.draft_ids, len(head.lm_head))
+    device = drafter.device
+    batch = batch.to(device)
+    hidden = drafter.unroll(batch, head.embed_tokens.to(device), k)
+    policy_head = head.lm_head.to(device)
+    draft_head = drafter.head_weight(policy_head)
+    draft_rows = _rows_of_tokens(drafter.draft_ids, policy_head)
     temperature = batch.temperatures[batch.rollout_of]
     left = (batch.lengths[batch.rollout_of] - batch.positions)[batch.rounds]
-    w = torch.zeros(k, len(batch.rounds), dtype=torch.float64)
+    w = torch.zeros(k, len(batch.rounds), dtype=torch.float64, device=device)
     for depth in range(k):
         inside = left > 2 + depth
         row = batch.rounds[inside] + 1 + depth  # of the policy; it predicts the drafted token
@@ -155,17 +173,18 @@ def acceptance_weights(
         if method == "greedy":
             w[depth, inside] = q.is_first.double()
         else:
-            p = _Recorded.of(batch.last_hidden[row], head.lm_head, tokens, temperature[row])
+            p = _Recorded.of(batch.last_hidden[row], policy_head, tokens, temperature[row])
             w[depth, inside] = (q.log_prob - p.log_prob).double().exp().clamp_max(1.0)
-    return w
+    return w.cpu()
 
 
-def _rows_of_tokens(draft_ids: Tensor | None, vocab: int) -> Tensor:
+def _rows_of_tokens(draft_ids: Tensor | None, policy_head: Tensor) -> Tensor:
     """int64 [V]: row of the draft head for each token; -1 for those that cannot be drafted."""
+    everything = torch.arange(len(policy_head), device=policy_head.device)
     if draft_ids is None:
-        return torch.arange(vocab)
-    rows = torch.full((vocab,), -1)
-    rows[draft_ids] = torch.arange(len(draft_ids))
+        return everything
+    rows = torch.full_like(everything, -1)
+    rows[draft_ids] = everything[: len(draft_ids)]
     return rows
 
 
@@ -215,21 +234,22 @@ def replay_rounds(w: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     # The slot s serves the round that starts after token s + 1.
     at_token[:, batch.rollout_of[batch.rounds], batch.positions[batch.rounds] + 1] = w
     w = at_token
+    runs = torch.zeros(length + k + 1, rollouts, dtype=torch.int64)
+    runs[batch.positions, batch.rollout_of] = batch.runs
     # survive[a] = w_1 ... w_a; the round accepts at least a drafts.
     survive = torch.cat([torch.ones_like(w[:1]), w.cumprod(0)])
     exactly = survive.clone()
     exactly[:-1] -= survive[1:]
-    starts = torch.zeros(length + k + 1, rollouts, dtype=torch.float64)
-    first = batch.prompt_lengths
-    # The first sampled token comes from the prefill, so drafting starts right after it.
-    starts[first, torch.arange(rollouts)] = 1.0
+    # The first sampled token of a run comes from the prefill, so drafting starts right after it.
+    starts = (runs == 1).double()
     rounds = torch.zeros(rollouts, dtype=torch.float64)
     accepted = torch.zeros(rollouts, k, dtype=torch.float64)
-    for t in range(int(first.min()), length):
+    for t in range(int(batch.prompt_lengths.min()), length):
         here = starts[t]
         for drafts in range(k + 1):
-            starts[t + drafts + 1] += here * exactly[drafts, :, t]
-        counted = here * (t + k < batch.lengths)
+            same_run = runs[t + drafts + 1] == runs[t] + drafts + 1
+            starts[t + drafts + 1] += here * exactly[drafts, :, t] * same_run
+        counted = here * (runs[t + k] == runs[t] + k)
         rounds += counted
         accepted += (counted * survive[1:, :, t]).T
     return rounds, accepted

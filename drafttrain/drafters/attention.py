@@ -84,37 +84,42 @@ class _Group:
 class AttentionPlan:
     """How the rollouts of a batch are grouped for attention; made once, used at every depth."""
 
-    def __init__(self, batch: Batch) -> None:
-        rollouts = len(batch.lengths)
+    def __init__(self, batch: Batch, queries: Tensor | None = None) -> None:
+        """Plan for queries from every round, or from those slots where `queries`, bool [S], is."""
+        queries = batch.starts_round if queries is None else queries
         rollout_of = batch.rollout_of[batch.slots]
-        self._slots = torch.bincount(rollout_of, minlength=rollouts)
-        self._rounds = torch.bincount(rollout_of[batch.starts_round], minlength=rollouts)
-        self.groups = list(self._group())
+        slots = torch.bincount(rollout_of, minlength=len(batch.lengths))
+        within = torch.arange(len(rollout_of), device=slots.device)
+        within -= (slots.cumsum(0) - slots)[rollout_of]
+        self.groups = list(_groups(slots.tolist(), rollout_of, within, queries))
 
-    def _group(self) -> Iterator[_Group]:
-        """Neighbours of similar length, as many as keep the scores few and the padding low."""
-        slots, rounds = self._slots.tolist(), self._rounds.tolist()
-        start, slot, row = 0, 0, 0
-        while start < len(slots):
-            stop = start + 1
-            while stop < len(slots) and _fit_together(slots[start : stop + 1]):
-                stop += 1
-            size, slots_here, rounds_here = (
-                max(slots[start:stop]),
-                slots[start:stop],
-                rounds[start:stop],
+
+def _groups(
+    slots: list[int], rollout_of: Tensor, within: Tensor, queries: Tensor
+) -> Iterator[_Group]:
+    """Neighbours of similar length, as many as keep the scores few and the padding low.
+
+    Args:
+        slots: how many each rollout has.
+        rollout_of, within: int64 [S], each slot's rollout and its place there.
+        queries: bool [S], where a query comes from.
+    """
+    start, slot, row = 0, 0, 0
+    while start < len(slots):
+        stop = start + 1
+        while stop < len(slots) and _fit_together(slots[start : stop + 1]):
+            stop += 1
+        size, here = max(slots[start:stop]), slice(slot, slot + sum(slots[start:stop]))
+        places = (rollout_of[here] - start) * size + within[here]
+        asking = places[queries[here]]
+        if len(asking):
+            yield _Group(
+                stop - start,
+                size,
+                _placed(here.start, places, (stop - start) * size),
+                _placed(row, asking, (stop - start) * size),
             )
-            if sum(rounds_here):
-                first = self._slots[start:stop] - self._rounds[start:stop]
-                yield _Group(
-                    stop - start,
-                    size,
-                    _place(slot, slots_here, torch.zeros_like(first), size),
-                    _place(row, rounds_here, first, size),
-                )
-            slot += sum(slots_here)
-            row += sum(rounds_here)
-            start = stop
+        start, slot, row = stop, here.stop, row + len(asking)
 
 
 def _fit_together(slots: list[int]) -> bool:
@@ -122,17 +127,9 @@ def _fit_together(slots: list[int]) -> bool:
     return square <= _SQUARE_AT_ONCE and square * (1 - _PADDING) <= sum(s * s for s in slots)
 
 
-def _place(first_row: int, counts: list[int], first: Tensor, size: int) -> _Placed:
-    """Rows from `first_row` on, `counts` for each rollout, from place `first` of its `size`."""
-    total = sum(counts)
-    rows = slice(first_row, first_row + total)
-    if total == size * len(counts):
-        return _Placed(rows, None)
-    count = torch.tensor(counts, device=first.device)
-    start = torch.arange(len(counts), device=first.device) * size + first
-    before = count.cumsum(0) - count
-    row = torch.arange(total, device=first.device)
-    return _Placed(rows, row + (start - before).repeat_interleave(count))
+def _placed(first_row: int, places: Tensor, size: int) -> _Placed:
+    rows = slice(first_row, first_row + len(places))
+    return _Placed(rows, None if len(places) == size else places)
 
 
 def attend(query: Tensor, keys: list[Tensor], values: list[Tensor], plan: AttentionPlan) -> Tensor:

@@ -5,11 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from drafttrain.rollouts.record import FeatureLayout, PolicyHead, Rollout
+from drafttrain.rollouts.record import FeatureLayout, PolicyHead, Rollout, sampled_runs
+
+
+class _Sized(Protocol):
+    @property
+    def length(self) -> int: ...
+
+
+_HasLength = TypeVar("_HasLength", bound=_Sized)
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,7 @@ class Batch:
         temperatures: float [B], of the rollout's sampling.
         raw_hidden: [T, H], the last state before the policy's final norm, where the engine hands it
             over so; None where ``last_hidden`` is what it hands over.
+        generated: bool [T], or None when all completions were sampled as a whole.
     """
 
     tokens: Tensor
@@ -36,6 +46,7 @@ class Batch:
     prompt_lengths: Tensor
     temperatures: Tensor
     raw_hidden: Tensor | None = None
+    generated: Tensor | None = None
 
     @property
     def engine_hidden(self) -> Tensor:
@@ -60,6 +71,13 @@ class Batch:
         return everywhere - self.offsets[self.rollout_of]
 
     @cached_property
+    def runs(self) -> Tensor:
+        """:func:`sampled_runs` of every rollout: int64 [T]."""
+        if self.generated is not None:
+            return sampled_runs(self.generated)
+        return (self.positions - self.prompt_lengths[self.rollout_of] + 1).clamp_min(0)
+
+    @cached_property
     def slots(self) -> Tensor:
         """int64 [S]: where a drafter's context comes from, as indices into ``tokens``.
 
@@ -70,8 +88,8 @@ class Batch:
 
     @cached_property
     def starts_round(self) -> Tensor:
-        """bool [S]: slots where a round may start. The first is that of the first sampled token."""
-        return (self.positions >= self.prompt_lengths[self.rollout_of] - 1)[self.slots]
+        """bool [S]: slots where a round may start: both tokens after it were sampled, in a row."""
+        return self.runs[self.slots + 2] > 1
 
     @cached_property
     def rounds(self) -> Tensor:
@@ -109,15 +127,16 @@ def make_batch(rollouts: Sequence[Rollout], layout: FeatureLayout, head: PolicyH
         prompt_lengths=torch.tensor([rollout.prompt_length for rollout in rollouts]),
         temperatures=torch.tensor([rollout.temperature or 1.0 for rollout in rollouts]),
         raw_hidden=None if normed else hidden,
+        generated=_generated(rollouts),
     )
 
 
-def split_by_tokens(rollouts: Sequence[Rollout], tokens: int) -> Iterator[list[Rollout]]:
+def split_by_tokens(rollouts: Sequence[_HasLength], tokens: int) -> Iterator[list[_HasLength]]:
     """Split `rollouts`, sorted by length, into lists of at most `tokens` tokens.
 
     A rollout longer than `tokens` makes a list of its own.
     """
-    part: list[Rollout] = []
+    part: list[_HasLength] = []
     for rollout in sorted(rollouts, key=lambda r: r.length):
         if part and sum(r.length for r in part) + rollout.length > tokens:
             yield part
@@ -125,6 +144,12 @@ def split_by_tokens(rollouts: Sequence[Rollout], tokens: int) -> Iterator[list[R
         part.append(rollout)
     if part:
         yield part
+
+
+def _generated(rollouts: Sequence[Rollout]) -> Tensor | None:
+    if all(rollout.generated is None for rollout in rollouts):
+        return None
+    return torch.cat([rollout.sampled_runs > 0 for rollout in rollouts])
 
 
 def _rms_norm(hidden: Tensor, head: PolicyHead) -> Tensor:

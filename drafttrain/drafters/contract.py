@@ -44,6 +44,11 @@ class Drafter(nn.Module, ABC):
     kind: ClassVar[Kind]
     layer_ids: tuple[int, ...]
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.parameters()).device
+
     @abstractmethod
     def unroll(self, batch: Batch, embed_tokens: Tensor, depths: int) -> Tensor:
         """Draft in every round as the engine would, to `depths` tokens (training-time test).

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -68,8 +66,7 @@ class AttentionPlans:
         self.starts = batch.starts_round.nonzero()[:, 0]
         self.rounds = AttentionPlan(batch)
         if layers > 1:
-            everywhere = replace(batch, prompt_lengths=torch.zeros_like(batch.prompt_lengths))
-            self.slots = AttentionPlan(everywhere)
+            self.slots = AttentionPlan(batch, torch.ones_like(batch.starts_round))
 
 
 class UnrolledLayer:

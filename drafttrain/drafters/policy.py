@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from drafttrain.checkpoints.manifest import read_json
 from drafttrain.errors import CheckpointError
@@ -61,6 +61,12 @@ class PolicyShape:
         return int(self.config.vocab_size)
 
     @property
+    def max_length(self) -> int | None:
+        """Longest context in tokens; None when the configuration does not say."""
+        length: int | None = getattr(self.config, "max_position_embeddings", None)
+        return length
+
+    @property
     def num_layers(self) -> int:
         return int(self.config.num_hidden_layers)
 
@@ -68,6 +74,19 @@ class PolicyShape:
     def head_dim(self) -> int:
         given = self.config.to_dict().get("head_dim")
         return int(given or self.hidden_size // self.config.num_attention_heads)
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The policy's tokenizer.
+
+    Raises:
+        CheckpointError: the folder has none that transformers can load.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        problem = "rollouts hold text, but the policy's tokenizer cannot be loaded: "
+        raise CheckpointError(folder, "tokenizer", f"{problem}{error}") from error
 
 
 def read_policy_head(folder: str | Path, policy: PolicyShape) -> PolicyHead:

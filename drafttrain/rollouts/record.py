@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -33,6 +34,10 @@ class Rollout:
         drafted: draft tokens proposed in them.
         accepted: draft tokens accepted.
         reward: when the RL job told it.
+        domain: data source or environment of the prompt, when known.
+        generated: bool [T]; False where a token was given to the policy, not sampled by it. None:
+            the whole completion was sampled. Differs when turns of others or tool outputs stand
+            between the policy's own.
     """
 
     rollout_id: str
@@ -50,6 +55,8 @@ class Rollout:
     drafted: int = 0
     accepted: int = 0
     reward: float | None = None
+    domain: str | None = None
+    generated: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -59,6 +66,13 @@ class Rollout:
     @property
     def completion_length(self) -> int:
         return self.length - self.prompt_length
+
+    @property
+    def sampled_runs(self) -> Tensor:
+        """:func:`sampled_runs` of its tokens."""
+        if self.generated is not None:
+            return sampled_runs(self.generated)
+        return (torch.arange(self.length) - self.prompt_length + 1).clamp_min(0)
 
 
 @dataclass(frozen=True)
@@ -103,3 +117,16 @@ def prompt_group(prompt_token_ids: Sequence[int]) -> str:
     int32)."""
     encoded = np.asarray(prompt_token_ids, dtype="<i4").tobytes()
     return hashlib.sha256(encoded).hexdigest()[:16]
+
+
+def sampled_runs(generated: Tensor) -> Tensor:
+    """How many tokens in a row, up to and including each, the policy sampled.
+
+    Args:
+        generated: bool [..., T].
+
+    Returns:
+        int64 [..., T]: 0 where a token was given to the policy; 1, 2, ... within a run.
+    """
+    total = generated.long().cumsum(-1)
+    return total - (total * ~generated).cummax(-1).values

@@ -207,7 +207,7 @@ class Replay:
             stale = newest - segment.policy_version
             trainable = self._max_staleness is None or stale <= self._max_staleness
             for rollout in segment.rollouts:
-                if self._is_held_out(rollout.group):
+                if is_held_out(rollout.group, self._seed, self._holdout_fraction):
                     self.held_out.append(rollout)
                 elif trainable:
                     self.training.append(rollout)
@@ -242,6 +242,8 @@ class Replay:
             self._warned.add(warning)
             _log.warning("%s", warning)
 
-    def _is_held_out(self, group: str) -> bool:
-        digest = hashlib.sha256(f"{self._seed}:{group}".encode()).digest()
-        return int.from_bytes(digest[:8]) / 2**64 < self._holdout_fraction
+
+def is_held_out(group: str, seed: int, fraction: float) -> bool:
+    """Whether a prompt group is among the `fraction` that is kept from training; by hash."""
+    digest = hashlib.sha256(f"{seed}:{group}".encode()).digest()
+    return int.from_bytes(digest[:8]) / 2**64 < fraction

@@ -8,6 +8,7 @@ A safetensors file; T tokens of all N rollouts end to end, H hidden size, A aux 
     captured        bool [T]          False: the engine did not compute this row
     last_hidden     [T, H]            in the layout's dtype, like
     aux_hidden      [T, A, H]         absent without aux layers
+    generated       bool [T]          absent when all completions were sampled as a whole
 
 and two entries of metadata: ``schema_version``, and ``segment``, the JSON of :class:`Header`.
 Reading maps the file; a rollout is a view of the map, which outlives the file's deletion.
@@ -48,6 +49,7 @@ class RolloutEntry(BaseModel):
     drafted: Count
     accepted: Count
     reward: float | None
+    domain: str | None = None
 
 
 class Header(BaseModel):
@@ -209,7 +211,7 @@ class _Views(Sequence[Rollout]):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
         rows = slice(self._offsets[index], self._offsets[index + 1])
-        aux = self._tensors.get("aux_hidden")
+        aux, generated = (self._tensors.get(name) for name in ("aux_hidden", "generated"))
         return Rollout(
             **vars(self._header.rollouts[index]),
             tokens=self._tensors["tokens"][rows],
@@ -217,6 +219,7 @@ class _Views(Sequence[Rollout]):
             captured=self._tensors["captured"][rows],
             last_hidden=self._tensors["last_hidden"][rows],
             aux_hidden=None if aux is None else aux[rows],
+            generated=None if generated is None else generated[rows],
             policy_version=self._header.policy_version,
             drafter_version=self._header.drafter_version,
         )
@@ -244,6 +247,8 @@ def _concatenate(rollouts: Sequence[Rollout], where: str | Path) -> dict[str, Te
         "captured": torch.cat([rollout.captured for rollout in rollouts]),
         "last_hidden": torch.cat([rollout.last_hidden for rollout in rollouts]),
     }
+    if any(rollout.generated is not None for rollout in rollouts):
+        tensors["generated"] = torch.cat([rollout.sampled_runs > 0 for rollout in rollouts])
     return tensors | ({"aux_hidden": torch.cat(aux)} if aux else {})
 
 
@@ -262,6 +267,8 @@ def _check_tensors(header: Header, tensors: dict[str, Tensor], where: str | Path
     }
     if layout.layer_ids:
         expected["aux_hidden"] = ((total, len(layout.layer_ids), hidden), dtype)
+    if "generated" in tensors:
+        expected["generated"] = ((total,), torch.bool)
     for name, (shape, kind) in expected.items():
         check_tensor(tensors, name, shape, [kind], where)
     unknown = sorted(tensors.keys() - expected.keys())
@@ -281,5 +288,6 @@ def _check_values(tensors: dict[str, Tensor], where: str | Path) -> None:
     if bool((tokens < 0).any()):
         raise RolloutError(where, "tokens", "negative token ids")
     # A byte that is neither 0 nor 1 is no boolean, and torch would not notice.
-    if bool((tensors["captured"].view(torch.uint8) > 1).any()):
-        raise RolloutError(where, "captured", "expected 0 or 1 for every row")
+    for name in ("captured", "generated"):
+        if name in tensors and bool((tensors[name].view(torch.uint8) > 1).any()):
+            raise RolloutError(where, name, "expected 0 or 1 for every row")

@@ -81,7 +81,8 @@ class DraftRows:
     """Which policy rows a batch trains on, and which round drafted them at each depth.
 
     Row ``r`` is drafted at depth ``j`` by the round at slot ``r - 1 - j`` of the same rollout. The
-    engine's first round starts after the first sampled token, so rows begin at the prompt's length.
+    engine's first round starts after the first sampled token, so rows begin there, and a round
+    lies within one run of sampled tokens.
 
     Attributes:
         row: int64 [N], indices into the batch's tokens.
@@ -98,11 +99,11 @@ class DraftRows:
         """All rows of `batch` that were captured and can be drafted."""
         round_at = torch.full_like(batch.tokens, -1)
         round_at[batch.rounds] = torch.arange(len(batch.rounds), device=round_at.device)
-        generated = batch.positions - batch.prompt_lengths[batch.rollout_of]
-        row = (batch.captured & (generated >= 0)).nonzero()[:, 0]
+        next_sampled = torch.cat([batch.runs[1:], batch.runs.new_zeros(1)]) > 0
+        row = (batch.captured & (batch.runs > 0) & next_sampled).nonzero()[:, 0]
         depth = torch.arange(depths, device=row.device)[:, None]
         drafted_by = round_at[(row - 1 - depth).clamp_min(0)]
-        drafted = (drafted_by >= 0) & (generated[row] >= depth)
+        drafted = (drafted_by >= 0) & (batch.runs[row] > depth)
         return cls(row, drafted_by.clamp_min(0), drafted)
 
     def by_round(self, per_row: Tensor, rounds: int) -> Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,10 +18,11 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from drafttrain.config import TrainingConfig
-from drafttrain.drafters.batch import make_batch, split_by_tokens
+from drafttrain.drafters.batch import Batch, make_batch, split_by_tokens
 from drafttrain.drafters.contract import Drafter
 from drafttrain.errors import CheckpointError, RolloutError
 from drafttrain.rollouts.record import FeatureLayout, PolicyHead, Rollout
+from drafttrain.training.devices import Devices, divided_as, whole, whole_copy
 from drafttrain.training.losses import draft_loss
 
 STATE_SCHEMA = 1
@@ -58,11 +60,20 @@ class Trainer:
     """
 
     def __init__(
-        self, drafter: Drafter, config: TrainingConfig, total_steps: int | None = None
+        self,
+        drafter: Drafter,
+        config: TrainingConfig,
+        total_steps: int | None = None,
+        devices: Devices | None = None,
     ) -> None:
-        """With `total_steps` the learning rate decays over the last fifth (WSD), else it stays."""
+        """With `total_steps` the learning rate decays over the last fifth (WSD), else it stays.
+
+        With `devices` several processes may train together; without, this one does.
+        """
         if config.lora_rank is not None:
             drafter.add_lora(config.lora_rank)
+        self._devices = devices or Devices()
+        self._plain = copy.deepcopy(drafter) if self._devices.sharded else drafter
         self.drafter = drafter.float()
         self.config = config
         self.total_steps = total_steps
@@ -72,6 +83,8 @@ class Trainer:
         self._averaged = AveragedModel(
             self.drafter, multi_avg_fn=get_ema_multi_avg_fn(config.average_decay)
         )
+        for placed in (self.drafter, self.average):
+            self._devices.place(placed)
         self.optimizer = torch.optim.AdamW(
             [weight for weight in drafter.parameters() if weight.requires_grad],
             lr=config.learning_rate,
@@ -84,13 +97,36 @@ class Trainer:
     def average(self) -> Drafter:
         return cast(Drafter, self._averaged.module)
 
+    @property
+    def whole_drafter(self) -> Drafter:
+        """The drafter, gathered when its weights are divided among processes."""
+        return whole_copy(self.drafter, self._plain) if self._devices.sharded else self.drafter
+
     def step(
         self, rollouts: Sequence[Rollout], layout: FeatureLayout, heads: dict[int, PolicyHead]
     ) -> StepReport:
-        """One optimizer step on `rollouts`.
+        """One optimizer step on `rollouts`, divided into microbatches here.
 
-        Rollouts of one policy version go through the drafter together; gradients add up over these
-        parts, weighted by their rows.
+        Raises:
+            RolloutError: as :meth:`step_on`.
+        """
+        parts = []
+        for version in sorted({rollout.policy_version for rollout in rollouts}):
+            same_policy = [rollout for rollout in rollouts if rollout.policy_version == version]
+            parts += list(split_by_tokens(same_policy, self.config.tokens_per_step))
+        return self.step_on(parts, layout, heads)
+
+    def step_on(
+        self,
+        parts: Sequence[Sequence[Rollout]],
+        layout: FeatureLayout,
+        heads: dict[int, PolicyHead],
+    ) -> StepReport:
+        """One optimizer step; gradients add up over microbatches and processes, by their rows.
+
+        Args:
+            parts: this process's microbatches, each of one policy version and similar lengths;
+                with sharded weights every process has the same number of them.
 
         Raises:
             RolloutError: their aux layers are not the drafter's, or NaN or infinity came of them.
@@ -98,19 +134,30 @@ class Trainer:
         self.drafter.check_layout(layout)
         self._set_learning_rate()
         self.optimizer.zero_grad(set_to_none=True)
-        loss, acceptance, rows = 0.0, torch.zeros(self.config.draft_tokens), 0
-        for version in sorted({rollout.policy_version for rollout in rollouts}):
-            same_policy = [rollout for rollout in rollouts if rollout.policy_version == version]
-            for part in split_by_tokens(same_policy, self.config.tokens_per_step):
-                part_loss, part_acceptance, part_rows = self._backward(part, layout, heads[version])
-                loss += part_loss
-                acceptance += part_acceptance * part_rows
-                rows += part_rows
-        rows = max(rows, 1)
+        # Loss, tokens, rows and acceptance at each depth; the first and the last weighted by rows.
+        sums = torch.zeros(3 + self.config.draft_tokens, dtype=torch.float64)
+        for part in parts:
+            loss, acceptance, rows = self._backward(part, layout, heads[part[0].policy_version])
+            tokens = sum(rollout.length for rollout in part)
+            sums[:3] += torch.tensor([loss, tokens, rows], dtype=torch.float64)
+            sums[3:] += acceptance.double().cpu() * rows
+        sums = self._devices.total(sums).cpu()
+        norm = self._update(max(int(sums[2]), 1), [rollout for part in parts for rollout in part])
+        self.step_count += 1
+        self.tokens_seen += int(sums[1])
+        means = sums / sums[2].clamp_min(1)
+        return StepReport(
+            self.step_count, float(means[0]), means[3:].tolist(), int(sums[1]), float(norm)
+        )
+
+    def _update(self, rows: int, rollouts: Sequence[Rollout]) -> Tensor:
+        """Apply the gradients, which are sums over `rows`; returns their norm before clipping."""
+        self._devices.add_gradients(self.drafter.parameters())
         for parameter in self.drafter.parameters():
             if parameter.grad is not None:
                 parameter.grad /= rows
         norm = torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), self.config.gradient_clip)
+        norm = whole(norm)
         if not torch.isfinite(norm):
             names = ", ".join(rollout.rollout_id for rollout in rollouts[:5])
             raise RolloutError(
@@ -118,31 +165,42 @@ class Trainer:
             )
         self.optimizer.step()
         self._averaged.update_parameters(self.drafter)
-        self.step_count += 1
-        tokens = sum(rollout.length for rollout in rollouts)
-        self.tokens_seen += tokens
-        return StepReport(
-            self.step_count, loss / rows, (acceptance / rows).tolist(), tokens, float(norm)
-        )
+        return norm
 
     def _backward(
         self, rollouts: Sequence[Rollout], layout: FeatureLayout, head: PolicyHead
     ) -> tuple[float, Tensor, int]:
-        batch = make_batch(rollouts, layout, head)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            hidden = self.drafter.unroll(batch, head.embed_tokens, self.config.draft_tokens)
-            weight = self.drafter.head_weight(head.lm_head)
+        device = self._devices.device
+        batch = self._with_noise(make_batch(rollouts, layout, head).to(device))
+        policy_head = head.lm_head.to(device)
+        bfloat16 = self.config.precision == "bfloat16"
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            hidden = self.drafter.unroll(
+                batch, head.embed_tokens.to(device), self.config.draft_tokens
+            )
+            weight = self.drafter.head_weight(policy_head)
             result = draft_loss(
                 hidden,
                 weight if self.config.train_head else weight.detach(),
                 batch,
-                head.lm_head,
+                policy_head,
                 objective=self.config.objective,
                 depth_decay=self.config.depth_decay,
                 draft_ids=self.drafter.draft_ids,
             )
         (result.loss * result.rows).backward()
         return result.loss.item() * result.rows, result.acceptance, result.rows
+
+    def _with_noise(self, batch: Batch) -> Batch:
+        """Features with noise, as EAGLE trains on them (arXiv 2401.15077, section 3.2)."""
+        features, level = batch.aux_hidden, self.config.feature_noise
+        if features is None or level == 0:
+            return batch
+        seed = int(torch.randint(1 << 62, (), generator=self.generator))
+        generator = torch.Generator(features.device).manual_seed(seed)
+        noise = torch.empty_like(features).normal_(generator=generator)
+        size = features.square().mean((0, 2), keepdim=True).sqrt()  # of each layer
+        return replace(batch, aux_hidden=features.addcmul(noise, size, value=level))
 
     def _set_learning_rate(self) -> None:
         factor = min(1.0, (self.step_count + 1) / max(self.config.warmup_steps, 1))
@@ -160,19 +218,22 @@ class Trainer:
             folder: the state's folder; its ``trainer.safetensors`` is replaced atomically.
             progress: what else the caller must remember, as JSON.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"drafter.{name}": t for name, t in self.drafter.state_dict().items()}
         tensors |= {f"average.{name}": t for name, t in self._averaged.state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             for key, value in state.items():
                 tensors[f"optimizer.{index}.{key}"] = torch.as_tensor(value)
         tensors["rng"] = self.generator.get_state()
+        tensors = {name: whole(tensor).cpu() for name, tensor in tensors.items()}
+        if self._devices.rank > 0:
+            return
         document = {
             "schema": STATE_SCHEMA,
             "step_count": self.step_count,
             "tokens_seen": self.tokens_seen,
             "progress": progress,
         }
+        folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / "trainer.safetensors.tmp"
         save_file(tensors, temporary, metadata={"drafttrain": json.dumps(document)})
         with temporary.open("rb+") as file:
@@ -188,16 +249,19 @@ class Trainer:
         path = folder / "trainer.safetensors"
         document = _state_document(path)
         tensors = load_file(path)
-        drafter = _with_prefix(tensors, "drafter.")
         try:
-            self.drafter.load_state_dict(drafter)
-            self._averaged.load_state_dict(_with_prefix(tensors, "average."))
+            _load(self.drafter, _with_prefix(tensors, "drafter."))
+            _load(self._averaged, _with_prefix(tensors, "average."))
         except RuntimeError as error:
             raise CheckpointError(path, "drafter", f"does not fit the drafter: {error}") from error
         state: dict[int, dict[str, Tensor]] = {}
+        parameters = list(self.drafter.parameters())
         for name, tensor in _with_prefix(tensors, "optimizer.").items():
             index, key = name.split(".", 1)
-            state.setdefault(int(index), {})[key] = tensor
+            reference = parameters[int(index)]
+            state.setdefault(int(index), {})[key] = (
+                divided_as(reference, tensor) if tensor.shape == reference.shape else tensor
+            )
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.generator.set_state(tensors["rng"])
@@ -205,6 +269,16 @@ class Trainer:
         self.tokens_seen = document["tokens_seen"]
         progress: dict[str, Any] = document["progress"]
         return progress
+
+
+def _load(module: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
+    own = module.state_dict()
+    module.load_state_dict(
+        {
+            name: divided_as(own[name], tensor) if name in own else tensor
+            for name, tensor in tensors.items()
+        }
+    )
 
 
 def _state_document(path: Path) -> dict[str, Any]:

@@ -1,0 +1,202 @@
+"""The ``eval`` command: what an engine would accept on given rollouts, drafter by drafter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.table import Table
+
+from drafttrain.config import PretrainConfig
+from drafttrain.control.acceptance import (
+    AcceptanceEstimate,
+    DraftSampleMethod,
+    estimate_acceptance,
+    usable,
+)
+from drafttrain.control.gate import judge
+from drafttrain.drafters import load_drafter
+from drafttrain.drafters.contract import Drafter
+from drafttrain.drafters.policy import PolicyShape
+from drafttrain.errors import RolloutError
+from drafttrain.opening import Inputs, Say, open_corpus
+from drafttrain.rollouts.record import Rollout
+from drafttrain.training.corpus import Corpus
+
+# Rollouts whose features exist at once, in padded tokens.
+_MICROBATCH_TOKENS = 4096
+
+
+class Counted(Protocol):
+    """What an engine counted for one drafter."""
+
+    @property
+    def acceptance_length(self) -> float: ...
+
+    @property
+    def tokens_per_second(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """What it takes to sample a rollout like a recorded one.
+
+    Attributes:
+        prompt: token ids.
+        max_tokens: of the completion.
+        temperature: of the sampling.
+    """
+
+    prompt: list[int]
+    max_tokens: int
+    temperature: float
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """How one drafter did.
+
+    Attributes:
+        drafter: its folder.
+        kind: of drafter.
+        estimate: over all rollouts that can be replayed.
+        domains: the prompt groups of each domain; without rollouts that name none.
+        requests: those rollouts as an engine would be asked for them.
+    """
+
+    drafter: Path
+    kind: str
+    estimate: AcceptanceEstimate
+    domains: dict[str, set[str]]
+    requests: list[Request]
+
+
+def evaluate(
+    inputs: Inputs,
+    drafters: Sequence[Path],
+    *,
+    k: int,
+    method: DraftSampleMethod,
+    say: Say = lambda sentence: None,
+) -> list[Evaluated]:
+    """Replay all whole rollouts with each drafter.
+
+    Raises:
+        CheckpointError: the policy or a drafter is wrong.
+        RolloutError: the rollouts are, or none of them can be replayed.
+    """
+    shape = PolicyShape.from_folder(inputs.target)
+    config = PretrainConfig(holdout_fraction=1.0, microbatch_tokens=_MICROBATCH_TOKENS)
+    corpora: dict[tuple[int, ...], Corpus] = {}
+    results = []
+    for folder in drafters:
+        drafter = load_drafter(folder, shape)
+        if drafter.layer_ids not in corpora:
+            opened = open_corpus(inputs, drafter.layer_ids, config, say)
+            corpora[drafter.layer_ids] = opened.corpus
+        drafter.check_layout(corpora[drafter.layer_ids].layout)
+        results.append(_evaluate(folder, drafter, corpora[drafter.layer_ids], k, method))
+    return results
+
+
+def _evaluate(
+    folder: Path, drafter: Drafter, corpus: Corpus, k: int, method: DraftSampleMethod
+) -> Evaluated:
+    parts: list[AcceptanceEstimate] = []
+    domains: dict[str, set[str]] = {}
+    requests: list[Request] = []
+    for microbatch in corpus.held_out:
+        rollouts = [rollout for rollout in corpus.load(microbatch) if usable(rollout, k)]
+        if not rollouts:
+            continue
+        layout, heads = corpus.layout, corpus.heads
+        parts.append(estimate_acceptance(drafter, rollouts, layout, heads, k=k, method=method))
+        requests += [_request(rollout) for rollout in rollouts]
+        for rollout in rollouts:
+            if rollout.domain is not None:
+                domains.setdefault(rollout.domain, set()).add(rollout.group)
+    if not parts:
+        raise RolloutError("rollouts", "completions", f"none is whole and longer than {k + 1}")
+    together = AcceptanceEstimate.together(parts)
+    return Evaluated(folder, drafter.kind, together, domains, requests)
+
+
+def _request(rollout: Rollout) -> Request:
+    prompt = rollout.tokens[: rollout.prompt_length].tolist()
+    return Request(prompt, rollout.completion_length, rollout.temperature)
+
+
+def summaries(
+    results: Sequence[Evaluated], by: str | None = None, counted: Sequence[Counted] | None = None
+) -> list[dict[str, Any]]:
+    """The results as JSON has them, one object for each drafter.
+
+    Args:
+        by: "domain" or "group" divides them further.
+        counted: by an engine, in the same order.
+    """
+    rows = []
+    for index, result in enumerate(results):
+        row = {"drafter": str(result.drafter), **_figures(result.estimate)}
+        if by is not None:
+            row[f"by_{by}"] = {
+                name: _figures(result.estimate.select(groups))
+                for name, groups in sorted(_divisions(result, by).items())
+            }
+        if index:
+            verdict = judge(result.estimate, results[0].estimate, margin=0.0)
+            row |= {"gain": verdict.gain, "gain_interval": list(verdict.interval)}
+        if counted is not None:
+            row["engine_acceptance_length"] = counted[index].acceptance_length
+            row["engine_tokens_per_second"] = counted[index].tokens_per_second
+        rows.append(row)
+    return rows
+
+
+def print_table(rows: Sequence[dict[str, Any]], by: str | None) -> None:
+    """Show :func:`summaries` side by side."""
+    table = Table("drafter", "acceptance length", "interval", "by position", "rollouts")
+    engine = "engine_acceptance_length" in rows[0]
+    if len(rows) > 1:
+        table.add_column("gain on the first")
+    if engine:
+        table.add_column("counted by vLLM")
+    for row in rows:
+        cells = [row["drafter"], *_cells(row)]
+        if len(rows) > 1:
+            low, high = row.get("gain_interval", (0.0, 0.0))
+            cells.append(f"{row['gain']:+.3f} [{low:+.3f}, {high:+.3f}]" if "gain" in row else "")
+        if engine:
+            cells.append(f"{row['engine_acceptance_length']:.3f}")
+        table.add_row(*cells)
+        for name, part in row.get(f"by_{by}", {}).items():
+            table.add_row(f"  {name}", *_cells(part))
+    Console().print(table)
+
+
+def _cells(figures: dict[str, Any]) -> list[str]:
+    low, high = figures["interval"]
+    return [
+        f"{figures['acceptance_length']:.3f}",
+        f"[{low:.3f}, {high:.3f}]",
+        " ".join(f"{rate:.2f}" for rate in figures["accepted_per_position"]),
+        str(figures["rollouts"]),
+    ]
+
+
+def _divisions(result: Evaluated, by: str) -> dict[str, set[str]]:
+    if by == "domain":
+        return result.domains
+    return {group: {group} for group in result.estimate.groups}
+
+
+def _figures(estimate: AcceptanceEstimate) -> dict[str, Any]:
+    return {
+        "acceptance_length": estimate.acceptance_length,
+        "accepted_per_position": estimate.accepted_per_position,
+        "interval": list(estimate.interval()),
+        "rollouts": len(estimate.groups),
+    }

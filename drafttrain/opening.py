@@ -1,0 +1,193 @@
+"""From the paths a user names to a corpus: a spool as it is, other rollouts through the teacher."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from drafttrain.config import PretrainConfig
+from drafttrain.drafters.policy import PolicyShape, load_tokenizer
+from drafttrain.errors import RolloutError, SpoolError
+from drafttrain.rollouts.sources import Encoder, Reading, read_rollouts
+from drafttrain.rollouts.spool import SpoolWriter
+from drafttrain.training.corpus import Corpus
+from drafttrain.training.teacher import Teacher
+
+Say = Callable[[str], None]
+_MARKER = "features.json"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Where the rollouts and their features come from.
+
+    Attributes:
+        target: the policy's folder.
+        rollouts: one spool, or files and folders of any known format.
+        skip_malformed: count rows that make no sense instead of stopping.
+        temperature: of rollouts that do not tell theirs.
+        cache: spool folder to keep computed features in; None streams them.
+        policy_dtype, device_map: of the policy, as transformers takes them.
+    """
+
+    target: Path
+    rollouts: Sequence[Path]
+    skip_malformed: bool = False
+    temperature: float = 1.0
+    cache: Path | None = None
+    policy_dtype: str = "auto"
+    device_map: str | None = None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A corpus, and what the memory plan and the state want to know of it.
+
+    Attributes:
+        corpus: the rollouts.
+        digest: of their tokens.
+        policy_bytes: of the policy in memory; 0 when the features were there.
+    """
+
+    corpus: Corpus
+    digest: str
+    policy_bytes: int
+
+
+def open_corpus(
+    inputs: Inputs,
+    layer_ids: Sequence[int],
+    config: PretrainConfig,
+    say: Say = lambda sentence: None,
+) -> Opened:
+    """Read, tokenize and divide the rollouts; load the policy if their features are missing.
+
+    Args:
+        layer_ids: that the drafter reads.
+        say: hears what a person should know, a sentence at a time.
+
+    Raises:
+        RolloutError, CheckpointError: the rollouts or the policy are wrong.
+        SpoolError: the cache cannot be written.
+    """
+    spools = [path for path in inputs.rollouts if (path / "segments").is_dir()]
+    if spools and len(inputs.rollouts) > 1:
+        raise RolloutError(spools[0], "rollouts", "a spool is read alone; give no other path")
+    if spools:
+        return _open_spool(spools[0], config)
+    reading = _read(inputs, say)
+    if inputs.cache is not None and _is_complete(inputs, reading, layer_ids):
+        say(f"features: from {inputs.cache}")
+        return _open_spool(inputs.cache, config)
+    teacher = Teacher(
+        inputs.target, layer_ids, dtype=inputs.policy_dtype, device_map=inputs.device_map
+    )
+    corpus = Corpus.of_saved(
+        reading.rollouts,
+        teacher,
+        microbatch_tokens=config.microbatch_tokens,
+        holdout_fraction=config.holdout_fraction,
+        keep_bytes=0 if inputs.cache else config.feature_memory,
+        seed=config.training.seed,
+    )
+    tokens = sum(rollout.length for rollout in reading.rollouts)
+    if inputs.cache is None:
+        say(
+            f"features: streamed; all {tokens} tokens would be {tokens * teacher.bytes_per_token} B"
+        )
+        return Opened(corpus, _digest(reading), teacher.weight_bytes)
+    _write_cache(inputs.cache, corpus, teacher, tokens * teacher.bytes_per_token, say)
+    _mark_complete(inputs, reading, layer_ids)
+    return _open_spool(inputs.cache, config)
+
+
+def _open_spool(path: Path, config: PretrainConfig) -> Opened:
+    corpus = Corpus.of_spool(
+        path,
+        microbatch_tokens=config.microbatch_tokens,
+        holdout_fraction=config.holdout_fraction,
+        seed=config.training.seed,
+    )
+    digest = hashlib.sha256()
+    for part in (*corpus.training, *corpus.held_out):
+        for entry in part.entries:
+            digest.update(entry.tokens.numpy().tobytes())
+    return Opened(corpus, digest.hexdigest(), policy_bytes=0)
+
+
+def _read(inputs: Inputs, say: Say) -> Reading:
+    shape = PolicyShape.from_folder(inputs.target)
+    encoder = Encoder(
+        lambda: load_tokenizer(inputs.target),
+        shape.vocab_size,
+        shape.max_length,
+        inputs.temperature,
+    )
+    reading = read_rollouts(inputs.rollouts, encoder, skip_malformed=inputs.skip_malformed)
+    tokens = sum(rollout.length for rollout in reading.rollouts)
+    say(f"rollouts: {len(reading.rollouts)}, {tokens} tokens")
+    if reading.skipped:
+        say(f"skipped: {reading.skipped} malformed, the first: {'; '.join(reading.reasons[:3])}")
+    if reading.text_without_specials:
+        count = reading.text_without_specials
+        say(f"note: {count} rollouts are text whose writer had dropped the special tokens")
+    return reading
+
+
+def _digest(reading: Reading) -> str:
+    digest = hashlib.sha256()
+    for rollout in reading.rollouts:
+        digest.update(rollout.tokens.numpy().tobytes())
+        digest.update(rollout.generated.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _cache_identity(
+    inputs: Inputs, reading: Reading, layer_ids: Sequence[int]
+) -> dict[str, object]:
+    weights = sorted(inputs.target.glob("*.safetensors"))
+    return {
+        "policy": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in weights],
+        "policy_dtype": inputs.policy_dtype,
+        "layer_ids": list(layer_ids),
+        "rollouts": _digest(reading),
+    }
+
+
+def _is_complete(inputs: Inputs, reading: Reading, layer_ids: Sequence[int]) -> bool:
+    """Whether the cache holds these features.
+
+    Raises:
+        RolloutError: it holds others.
+    """
+    assert inputs.cache is not None
+    marker = inputs.cache / _MARKER
+    if not marker.exists():
+        return False
+    if json.loads(marker.read_text()) != _cache_identity(inputs, reading, layer_ids):
+        problem = "holds features of other rollouts or of another policy; name another folder"
+        raise RolloutError(inputs.cache, "cache", problem)
+    return True
+
+
+def _mark_complete(inputs: Inputs, reading: Reading, layer_ids: Sequence[int]) -> None:
+    assert inputs.cache is not None
+    identity = _cache_identity(inputs, reading, layer_ids)
+    (inputs.cache / _MARKER).write_text(json.dumps(identity) + "\n")
+
+
+def _write_cache(path: Path, corpus: Corpus, teacher: Teacher, size: int, say: Say) -> None:
+    """Write all features as a spool, which any later run can read without the policy."""
+    shutil.rmtree(path / "segments", ignore_errors=True)  # left by a writer that did not finish
+    writer = SpoolWriter(path, "teacher")
+    free = shutil.disk_usage(path).free
+    say(f"features: {size} B go to {path}, {free} B are free")
+    if size > free:
+        raise SpoolError(f"{path}: features need {size} B, {free} B are free; leave out --cache")
+    writer.write_head(teacher.head)
+    for part in (*corpus.training, *corpus.held_out):
+        writer.write(corpus.load(part), corpus.layout)

@@ -1,0 +1,113 @@
+"""How much memory a run will take, told before it starts, and the largest microbatch that fits.
+
+A sum of the tensors that exist at once; what a framework or an allocator adds is not in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from drafttrain.config import PretrainConfig
+from drafttrain.drafters.contract import Drafter
+from drafttrain.drafters.policy import PolicyShape
+from drafttrain.errors import ConfigError
+from drafttrain.rollouts.record import FeatureLayout
+from drafttrain.rollouts.segment import DTYPES
+
+_FLOAT = 4
+# Weights, gradients, two Adam moments, moving average; all float32.
+_TRAINER_COPIES = 5
+# Float32 numbers that one depth of a drafter's layer keeps for backward, for each token: in units
+# of the hidden size (norms, projections, residuals) and of the intermediate size (gated MLP).
+_HIDDEN_KEPT, _INTERMEDIATE_KEPT = 18, 4
+# [rows, V] tensors of one depth alive at the peak of a chunk of the loss.
+_LOGITS_ALIVE = 5
+_LOSS_CHUNK = 2048
+# Steps whose features exist at once: the one being trained on and those loaded ahead.
+_STEPS_LOADED = 3
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of one process, by what they are for."""
+
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {_readable(size)}" for name, size in self.parts.items())
+        return f"{_readable(self.total)} ({parts})"
+
+
+def predict(
+    drafter: Drafter,
+    policy: PolicyShape,
+    layout: FeatureLayout,
+    config: PretrainConfig,
+    *,
+    tokens: int,
+    longest: int,
+    policy_bytes: int,
+    shards: int = 1,
+) -> MemoryPlan:
+    """Memory of one process.
+
+    Args:
+        tokens: of all rollouts.
+        longest: rollout, in tokens.
+        policy_bytes: of the policy's weights in this process; 0 when the features come from a
+            spool.
+        shards: processes that the drafter is divided among.
+    """
+    width, vocab = policy.hidden_size, policy.vocab_size
+    element = DTYPES[layout.dtype].itemsize
+    per_token = (len(layout.layer_ids) + 1) * width * element
+    depths = config.training.draft_tokens
+    batch = max(config.microbatch_tokens, longest)
+    rows = min(batch, _LOSS_CHUNK)
+    heads = int(policy.config.num_attention_heads)
+    layer = _HIDDEN_KEPT * width + _INTERMEDIATE_KEPT * int(policy.config.intermediate_size)
+    scores = 2 * heads * min(longest, batch)
+    weights = sum(parameter.numel() for parameter in drafter.parameters())
+    parts = {
+        "policy": policy_bytes,
+        "its head in float32": 2 * vocab * width * _FLOAT,
+        "drafter, gradients, optimizer": _TRAINER_COPIES * weights * _FLOAT // shards,
+        "features kept": min(config.feature_memory, tokens * per_token) if policy_bytes else 0,
+        "features of coming steps": _STEPS_LOADED
+        * config.microbatches_per_step
+        * config.microbatch_tokens
+        * per_token,
+        "drafter's activations": depths * batch * (layer + scores) * _FLOAT,
+        "logits": depths * rows * vocab * _LOGITS_ALIVE * _FLOAT,
+    }
+    return MemoryPlan(parts)
+
+
+def fit_microbatch(plan_for: dict[int, MemoryPlan], budget: int) -> int:
+    """The largest microbatch whose plan stays within `budget` bytes.
+
+    Args:
+        plan_for: microbatch tokens to the plan with it.
+
+    Raises:
+        ConfigError: none does; says what the smallest would take.
+    """
+    fitting = [tokens for tokens, plan in plan_for.items() if plan.total <= budget]
+    if not fitting:
+        smallest = plan_for[min(plan_for)]
+        problem = f"{_readable(budget)} do not hold even the smallest microbatch: {smallest}"
+        raise ConfigError("pretrain", "memory", problem)
+    return max(fitting)
+
+
+def _readable(size: int) -> str:
+    amount, unit = float(size), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if amount < 1024 or unit == "TiB":
+            break
+        amount /= 1024
+    return f"{amount:.1f} {unit}" if unit != "B" else f"{size} B"
