@@ -105,3 +105,14 @@ def test_a_step_in_bfloat16_goes_where_a_step_in_float32_goes() -> None:
     exact, rounded = torch.tensor(losses["float32"]), torch.tensor(losses["bfloat16"])
     assert exact[-1] < 0.9 * exact[0], "a step must matter for this comparison to mean anything"
     torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0.02)
+
+
+def test_feature_noise_changes_a_step_and_is_the_same_again_after_a_resume(tmp_path: Path) -> None:
+    noisy = CONFIG.model_copy(update={"feature_noise": 0.5})
+    quiet = Trainer(making.drafter(POLICY), CONFIG)
+    trainer = Trainer(making.drafter(POLICY), noisy)
+    assert take_steps(trainer, 1, first_seed=0) != take_steps(quiet, 1, first_seed=0)
+    trainer.save(tmp_path)
+    resumed = Trainer(making.drafter(POLICY, seed=1), noisy)
+    resumed.restore(tmp_path)
+    assert take_steps(resumed, 3, first_seed=7) == take_steps(trainer, 3, first_seed=7)
