@@ -22,86 +22,63 @@ from torch import Tensor
 
 from drafttrain.drafters.batch import Batch
 
-# Scores that exist at once, [rollouts, heads, rounds, slots]: about what a core's cache holds.
-_SCORES_AT_ONCE = 1 << 20
+# Slots squared that are attended to together, over all rollouts of a group; bounds the scores.
+_SQUARE_AT_ONCE = 1 << 17
 # Share of a group's scores that may be padding.
 _PADDING = 0.25
 
 
 @dataclass(frozen=True)
-class _Packed:
-    """Where the rows of some rollouts lie in a padded [rollouts, size] block.
+class _Placed:
+    """Where some packed rows lie in a group's [rollouts, size] block.
 
     Attributes:
-        rows: their rows in the packed tensor.
-        rollouts: how many they are.
-        size: rows of the longest.
-        places: int64 [n], place of each row in the padded block; None when nothing is padded.
+        rows: the rows in the packed tensor.
+        places: int64 [n], their places in the block; None when they fill it in order.
     """
 
     rows: slice
-    rollouts: int
-    size: int
     places: Tensor | None
-
-    @classmethod
-    def of(cls, first_row: int, lengths: Tensor) -> _Packed:
-        size, total = int(lengths.max()), int(lengths.sum())
-        rows = slice(first_row, first_row + total)
-        if total == size * len(lengths):
-            return cls(rows, len(lengths), size, None)
-        row = torch.arange(total, device=lengths.device)
-        before = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-        start = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths) * size
-        return cls(rows, len(lengths), size, start + row - before)
-
-    def pad(self, packed: Tensor) -> Tensor:
-        """[N, heads, d] to [rollouts, heads, size, d]; padding is zero."""
-        taken = packed[self.rows]
-        if self.places is not None:
-            rows = taken
-            taken = rows.new_zeros(self.rollouts * self.size, *rows.shape[1:])
-            taken[self.places] = rows
-        block = taken.view(self.rollouts, self.size, *taken.shape[1:])
-        return block.transpose(1, 2).contiguous()
-
-    def unpad(self, padded: Tensor, packed: Tensor) -> None:
-        """Write [rollouts, heads, size, d] back to its rows of [N, heads, d]."""
-        rows = padded.transpose(1, 2).flatten(0, 1)
-        packed[self.rows] = rows if self.places is None else rows[self.places]
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Rollouts attended to together.
+    """Rollouts attended to together, each padded behind to the longest.
+
+    A round stands at the place of its slot, so that attention is plainly causal; the places of
+    slots that start no round hold zeros.
 
     Attributes:
+        rollouts: how many.
+        size: slots of the longest.
         slots, rounds: their context and their queries.
-        first: int64 [rollouts], the slot of the first round within its rollout's context.
-        nearest, furthest: the smallest and the largest of ``first``.
     """
 
-    slots: _Packed
-    rounds: _Packed
-    first: Tensor
-    nearest: int
-    furthest: int
+    rollouts: int
+    size: int
+    slots: _Placed
+    rounds: _Placed
 
-    def blocks(self, heads: int) -> Iterator[tuple[int, int, int]]:
-        """Queries [start, stop) at a time, and how many slots they see at most."""
-        size = max(1, _SCORES_AT_ONCE // (len(self.first) * heads * self.slots.size))
-        for start in range(0, self.rounds.size, size):
-            stop = min(start + size, self.rounds.size)
-            yield start, stop, min(self.furthest + stop, self.slots.size)
+    def pad(self, packed: Tensor, placed: _Placed) -> Tensor:
+        """[N, heads, d] to [rollouts, heads, size, d]; empty places are zero."""
+        rows = packed[placed.rows]
+        if placed.places is not None:
+            block = rows.new_zeros(self.rollouts * self.size, *rows.shape[1:])
+            block[placed.places] = rows
+            rows = block
+        by_rollout = rows.view(self.rollouts, self.size, *rows.shape[1:])
+        return by_rollout.transpose(1, 2).contiguous()
 
-    def hide_future(self, scores: Tensor, start: int, value: float) -> None:
-        """Overwrite, in [rollouts, heads, rounds, slots], the slots a round does not see."""
-        seen_by_all = self.nearest + start + 1
-        device = scores.device
-        slot = torch.arange(seen_by_all, scores.shape[-1], device=device)
-        query = torch.arange(start, start + scores.shape[2], device=device)
-        hidden = slot > (self.first[:, None, None] + query[:, None])
-        scores[..., seen_by_all:].masked_fill_(hidden[:, None], value)
+    def unpad(self, padded: Tensor, placed: _Placed, packed: Tensor) -> None:
+        """Write [rollouts, heads, size, d] back to its rows of [N, heads, d]."""
+        rows = padded.transpose(1, 2).flatten(0, 1)
+        packed[placed.rows] = rows if placed.places is None else rows[placed.places]
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Queries [start, stop) at a time."""
+        step = max(1, _SQUARE_AT_ONCE // (self.rollouts * self.size))
+        for start in range(0, self.size, step):
+            yield start, min(start + step, self.size)
 
 
 class AttentionPlan:
@@ -110,38 +87,52 @@ class AttentionPlan:
     def __init__(self, batch: Batch) -> None:
         rollouts = len(batch.lengths)
         rollout_of = batch.rollout_of[batch.slots]
-        self._slots = torch.bincount(rollout_of, minlength=rollouts).cpu()
-        self._rounds = torch.bincount(rollout_of[batch.starts_round], minlength=rollouts).cpu()
-        self.groups = list(self._group(batch.tokens.device))
+        self._slots = torch.bincount(rollout_of, minlength=rollouts)
+        self._rounds = torch.bincount(rollout_of[batch.starts_round], minlength=rollouts)
+        self.groups = list(self._group())
 
-    def _group(self, device: torch.device) -> Iterator[_Group]:
-        """Neighbours of similar length, as many as keep the scores small and the padding low."""
+    def _group(self) -> Iterator[_Group]:
+        """Neighbours of similar length, as many as keep the scores few and the padding low."""
         slots, rounds = self._slots.tolist(), self._rounds.tolist()
         start, slot, row = 0, 0, 0
         while start < len(slots):
             stop = start + 1
-            while stop < len(slots) and _fits(slots[start : stop + 1], rounds[start : stop + 1]):
+            while stop < len(slots) and _fit_together(slots[start : stop + 1]):
                 stop += 1
-            if sum(rounds[start:stop]):
-                context = self._slots[start:stop].to(device)
-                queries = self._rounds[start:stop].to(device)
-                first = context - queries
+            size, slots_here, rounds_here = (
+                max(slots[start:stop]),
+                slots[start:stop],
+                rounds[start:stop],
+            )
+            if sum(rounds_here):
+                first = self._slots[start:stop] - self._rounds[start:stop]
                 yield _Group(
-                    _Packed.of(slot, context),
-                    _Packed.of(row, queries),
-                    first,
-                    int(first.min()),
-                    int(first.max()),
+                    stop - start,
+                    size,
+                    _place(slot, slots_here, torch.zeros_like(first), size),
+                    _place(row, rounds_here, first, size),
                 )
-            slot += sum(slots[start:stop])
-            row += sum(rounds[start:stop])
+            slot += sum(slots_here)
+            row += sum(rounds_here)
             start = stop
 
 
-def _fits(slots: list[int], rounds: list[int]) -> bool:
-    padded = len(slots) * max(slots) * max(rounds)
-    used = sum(s * r for s, r in zip(slots, rounds, strict=True))
-    return padded <= _SCORES_AT_ONCE // 8 and padded * (1 - _PADDING) <= used
+def _fit_together(slots: list[int]) -> bool:
+    square = len(slots) * max(slots) ** 2
+    return square <= _SQUARE_AT_ONCE and square * (1 - _PADDING) <= sum(s * s for s in slots)
+
+
+def _place(first_row: int, counts: list[int], first: Tensor, size: int) -> _Placed:
+    """Rows from `first_row` on, `counts` for each rollout, from place `first` of its `size`."""
+    total = sum(counts)
+    rows = slice(first_row, first_row + total)
+    if total == size * len(counts):
+        return _Placed(rows, None)
+    count = torch.tensor(counts, device=first.device)
+    start = torch.arange(len(counts), device=first.device) * size + first
+    before = count.cumsum(0) - count
+    row = torch.arange(total, device=first.device)
+    return _Placed(rows, row + (start - before).repeat_interleave(count))
 
 
 def attend(query: Tensor, keys: list[Tensor], values: list[Tensor], plan: AttentionPlan) -> Tensor:
@@ -165,17 +156,21 @@ class _Attend(torch.autograd.Function):
         depths = len(keys_values) // 2
         keys, values = keys_values[:depths], keys_values[depths:]
         scaled = query * (1.0 / math.sqrt(query.shape[-1]))
-        out = torch.empty_like(query)
-        context_lse = query.new_empty(*query.shape[:2], 1, dtype=_wide(query))
+        out = torch.empty_like(scaled)
+        lse = out.new_empty(*out.shape[:2], 1, dtype=_wide(out))
         for group in plan.groups:
-            _attend_context(scaled, keys[0], values[0], group, out, context_lse)
-        lse = context_lse
-        own = [(scaled * key).sum(-1, keepdim=True, dtype=lse.dtype) for key in keys[1:]]
-        if own:
-            lse = torch.cat([context_lse, *own], -1).logsumexp(-1, keepdim=True)
-            out *= (context_lse - lse).exp().to(out.dtype)
-            for score, value in zip(own, values[1:], strict=True):
-                out.addcmul_((score - lse).exp().to(out.dtype), value)
+            q = group.pad(scaled, group.rounds)
+            k, v = group.pad(keys[0], group.slots), group.pad(values[0], group.slots)
+            group_out, group_lse = _causal(q, k, v)
+            group.unpad(group_out, group.rounds, out)
+            group.unpad(group_lse[..., None], group.rounds, lse)
+        if depths > 1:
+            own = torch.cat([_dot(scaled, key) for key in keys[1:]], -1)
+            context_lse, lse = lse, torch.cat([lse, own], -1).logsumexp(-1, keepdim=True)
+            own = (own - lse).exp_().to(out.dtype)
+            out *= (context_lse - lse).exp_().to(out.dtype)
+            for depth, value in enumerate(values[1:]):
+                out.addcmul_(own[..., depth : depth + 1], value)
         ctx.plan = plan
         ctx.save_for_backward(scaled, out, lse, *keys_values)
         return out
@@ -186,67 +181,82 @@ class _Attend(torch.autograd.Function):
         depths = len(keys_values) // 2
         keys, values = keys_values[:depths], keys_values[depths:]
         grad = grads[0].contiguous()
-        delta = (grad * out).sum(-1, keepdim=True, dtype=lse.dtype)
+        delta = _dot(grad, out)
         grad_query = torch.empty_like(scaled)
         grad_keys, grad_values = [torch.zeros_like(keys[0])], [torch.zeros_like(values[0])]
         for group in ctx.plan.groups:
-            _attend_context_backward(
-                (scaled, keys[0], values[0], grad, lse, delta),
-                group,
-                (grad_query, grad_keys[0], grad_values[0]),
-            )
+            q, g = group.pad(scaled, group.rounds), group.pad(grad, group.rounds)
+            k, v = group.pad(keys[0], group.slots), group.pad(values[0], group.slots)
+            row = group.pad(lse, group.rounds), group.pad(delta, group.rounds)
+            gq, gk, gv = _causal_backward(q, k, v, g, *row, group)
+            group.unpad(gq, group.rounds, grad_query)
+            group.unpad(gk, group.slots, grad_keys[0])
+            group.unpad(gv, group.slots, grad_values[0])
         for key, value in zip(keys[1:], values[1:], strict=True):
-            score = (scaled * key).sum(-1, keepdim=True, dtype=lse.dtype)
-            weight = (score - lse).exp()
-            slope = (grad * value).sum(-1, keepdim=True, dtype=lse.dtype)
-            grad_score = (weight * (slope - delta)).to(grad.dtype)
-            grad_values.append(weight.to(grad.dtype) * grad)
-            grad_keys.append(grad_score * scaled)
+            weight = (_dot(scaled, key) - lse).exp_()
+            grad_score = (_dot(grad, value) - delta).mul_(weight).to(grad.dtype)
+            grad_values.append(grad * weight.to(grad.dtype))
+            grad_keys.append(scaled * grad_score)
             grad_query.addcmul_(grad_score, key)
         grad_query *= 1.0 / math.sqrt(scaled.shape[-1])
         return None, grad_query, *grad_keys, *grad_values
 
 
-def _attend_context(
-    query: Tensor, key: Tensor, value: Tensor, group: _Group, out: Tensor, lse: Tensor
-) -> None:
-    """One group's causal part: its rows of `out` and `lse`."""
-    q, k, v = group.rounds.pad(query), group.slots.pad(key), group.slots.pad(value)
-    padded_out, padded_lse = torch.empty_like(q), lse.new_empty(*q.shape[:3], 1)
-    for start, stop, seen in group.blocks(q.shape[1]):
-        scores = q[:, :, start:stop] @ k[:, :, :seen].transpose(-1, -2)
-        group.hide_future(scores, start, float("-inf"))
-        weights = scores.softmax(-1)
-        padded_lse[:, :, start:stop] = scores.amax(-1, keepdim=True)
-        padded_lse[:, :, start:stop] -= weights.amax(-1, keepdim=True).to(lse.dtype).log()
-        padded_out[:, :, start:stop] = weights @ v[:, :, :seen]
-    group.rounds.unpad(padded_out, out)
-    group.rounds.unpad(padded_lse, lse)
+def _causal(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Causal attention with scores ``query @ key``: the output and its rows' log-sum-exp.
+
+    Args:
+        query, key, value: [rollouts, heads, size, d].
+    """
+    aten = torch.ops.aten
+    if query.device.type == "cpu":
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, True, scale=1.0
+        )
+        return out, lse
+    out, lse, *_ = aten._scaled_dot_product_efficient_attention(
+        query, key, value, None, True, 0.0, True, scale=1.0
+    )
+    return out, lse[..., : query.shape[2]]  # the kernel pads its rows
 
 
-def _attend_context_backward(
-    saved: tuple[Tensor, ...], group: _Group, grads: tuple[Tensor, Tensor, Tensor]
-) -> None:
-    """One group's rows of the gradients of the (scaled) query, key and value."""
-    query, key, value, grad, lse, delta = saved
-    rounds, slots = group.rounds, group.slots
-    q, g, lse, delta = rounds.pad(query), rounds.pad(grad), rounds.pad(lse), rounds.pad(delta)
-    k, v = slots.pad(key), slots.pad(value)
+def _causal_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    group: _Group,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`_causal`, whose weights are ``exp(scores - lse)``.
+
+    Batched products and a few passes over the scores are several times faster on a CPU than the
+    flash kernel's own backward.
+
+    Args:
+        query, key, value, grad: [rollouts, heads, size, d].
+        lse, delta: [rollouts, heads, size, 1], wide.
+    """
+    q, k, v, g, lse, delta = (t.flatten(0, 1) for t in (query, key, value, grad, lse, delta))
     grad_q = torch.empty_like(q)
-    grad_k, grad_v = torch.zeros_like(k, dtype=_wide(k)), torch.zeros_like(v, dtype=_wide(v))
-    for start, stop, seen in group.blocks(q.shape[1]):
+    grad_k, grad_v = torch.zeros_like(k, dtype=lse.dtype), torch.zeros_like(v, dtype=lse.dtype)
+    for start, stop in group.blocks():
         block = slice(start, stop)
-        weights = q[:, :, block] @ k[:, :, :seen].transpose(-1, -2)
-        weights = weights.sub_(lse[:, :, block]).exp_()
-        group.hide_future(weights, start, 0.0)
-        grad_scores = g[:, :, block] @ v[:, :, :seen].transpose(-1, -2)
-        grad_scores = grad_scores.sub_(delta[:, :, block]).mul_(weights)
-        grad_v[:, :, :seen] += weights.transpose(-1, -2) @ g[:, :, block]
-        grad_k[:, :, :seen] += grad_scores.transpose(-1, -2) @ q[:, :, block]
-        grad_q[:, :, block] = grad_scores @ k[:, :, :seen]
-    rounds.unpad(grad_q, grads[0])
-    slots.unpad(grad_k, grads[1])
-    slots.unpad(grad_v, grads[2])
+        weights = torch.bmm(q[:, block], k[:, :stop].mT).to(lse.dtype)
+        # Slots after the round's own: weights of zero, whatever their score was.
+        weights = weights.sub_(lse[:, block]).exp_().tril_(start)
+        slopes = torch.bmm(g[:, block], v[:, :stop].mT).to(lse.dtype)
+        slopes = slopes.sub_(delta[:, block]).mul_(weights).to(q.dtype)
+        grad_v[:, :stop] += torch.bmm(weights.to(g.dtype).mT, g[:, block])
+        grad_k[:, :stop] += torch.bmm(slopes.mT, q[:, block])
+        grad_q[:, block] = torch.bmm(slopes, k[:, :stop])
+    return tuple(t.view_as(query) for t in (grad_q, grad_k, grad_v))  # type: ignore[return-value]
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """[N, heads, d] times [N, heads, d] to [N, heads, 1], added up wide."""
+    return (a * b).sum(-1, keepdim=True, dtype=_wide(a))
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -16,10 +16,7 @@ from torch import Tensor
 def compute_dtype(weight: Tensor) -> torch.dtype:
     """What to compute in: autocast's dtype where it is on, else that of `weight`."""
     device = weight.device.type
-    if torch.is_autocast_enabled(device):
-        autocast: torch.dtype = torch.get_autocast_dtype(device)
-        return autocast
-    return weight.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def unit_rms(x: Tensor, eps: float) -> Tensor:
@@ -60,7 +57,7 @@ class _UnitRms(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         scale = (norm.square_().div_(x.shape[-1]).add_(eps)).rsqrt_().to(x.dtype)
-        normed = x * scale
+        normed: Tensor = x * scale
         ctx.save_for_backward(normed, scale)
         return normed
 
@@ -85,12 +82,10 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    out = torch.empty_like(x)
-    turned_first, turned_second = out.chunk(2, dim=-1)
-    torch.mul(first, cos, out=turned_first).addcmul_(second, sin, value=-direction)
-    torch.mul(second, cos, out=turned_second).addcmul_(first, sin, value=direction)
-    return out
+    half = x.shape[-1] // 2
+    both_cos, both_sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1) * direction
+    swapped = torch.cat([x[..., half:], x[..., :half]], -1)
+    return swapped.mul_(both_sin).addcmul_(x, both_cos)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -117,7 +112,8 @@ class _TakeRows(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
         ctx.save_for_backward(rows)
         ctx.total = len(x)
-        return x.index_select(0, rows)
+        taken: Tensor = x.index_select(0, rows)
+        return taken
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -20,7 +20,7 @@ from drafttrain.training.objectives import OBJECTIVES, ObjectiveName
 
 # Draft logits that exist at once, and those worked on at once (on a CPU: what its cache holds).
 _CHUNK_ELEMENTS = 1 << 25
-_BLOCK_ELEMENTS = 1 << 18
+_BLOCK_ELEMENTS = 1 << 17
 
 
 def _soft_cross_entropy(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,7 +32,7 @@ def _soft_cross_entropy(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, T
 
 def _tv(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q = log_q.exp()
-    scarce = torch.where(log_q < log_p, q, 0.0)
+    scarce = _less(log_q, log_p).mul_(q)
     overlap = torch.minimum(log_p.exp(), q).sum(-1)
     return 1.0 - overlap, overlap, q.mul_(scarce.sum(-1, keepdim=True)).sub_(scarce)
 
@@ -41,9 +41,14 @@ def _lk(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # In log space: finite, with a useful gradient, where p and q share no mass in float32.
     shared = torch.minimum(log_p, log_q)
     log_overlap = shared.logsumexp(-1)
-    share = shared.sub_(log_overlap[..., None]).exp_().masked_fill_(log_q >= log_p, 0.0)
+    share = shared.sub_(log_overlap[..., None]).exp_().mul_(_less(log_q, log_p))
     slope = log_q.exp().mul_(share.sum(-1, keepdim=True)).sub_(share)
     return -log_overlap, log_overlap.exp(), slope
+
+
+def _less(a: Tensor, b: Tensor) -> Tensor:
+    """1 where a < b, else 0, in a's dtype: masks of bool are slow on a CPU."""
+    return torch.lt(a, b, out=torch.empty_like(a))
 
 
 Values = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]

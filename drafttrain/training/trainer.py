@@ -77,6 +77,7 @@ class Trainer:
             lr=config.learning_rate,
             betas=(0.9, 0.95),
             weight_decay=config.weight_decay,
+            fused=True,
         )
 
     @property
