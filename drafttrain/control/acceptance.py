@@ -143,7 +143,7 @@ def acceptance_weights(
     """
     hidden = drafter.unroll(batch, head.embed_tokens, k)
     draft_head = drafter.head_weight(head.lm_head)
-    draft_rows = _rows_of_tokens(drafter.draft_ids, len(head.lm_head))
+    draft_rows = _rows_of_tokens(drafter.draft_ids, len(head.lm_head), batch.tokens.device)
     temperature = batch.temperatures[batch.rollout_of]
     left = (batch.lengths[batch.rollout_of] - batch.positions)[batch.rounds]
     w = torch.zeros(k, len(batch.rounds), dtype=torch.float64)
@@ -160,12 +160,12 @@ def acceptance_weights(
     return w
 
 
-def _rows_of_tokens(draft_ids: Tensor | None, vocab: int) -> Tensor:
+def _rows_of_tokens(draft_ids: Tensor | None, vocab: int, device: torch.device) -> Tensor:
     """int64 [V]: row of the draft head for each token; -1 for those that cannot be drafted."""
     if draft_ids is None:
-        return torch.arange(vocab)
-    rows = torch.full((vocab,), -1)
-    rows[draft_ids] = torch.arange(len(draft_ids))
+        return torch.arange(vocab, device=device)
+    rows = torch.full((vocab,), -1, device=device)
+    rows[draft_ids] = torch.arange(len(draft_ids), device=device)
     return rows
 
 

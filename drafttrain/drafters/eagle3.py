@@ -198,7 +198,10 @@ class Eagle3Drafter(Drafter):
     def load(cls, folder: Path, policy: PolicyShape) -> Self:
         """Read a folder of the raw layout or that of ``speculators``."""
         verified = verify(folder, TargetFingerprint.from_config(policy.config.to_dict()))
-        config = verified.config
+        # A length copied from elsewhere (2048, say) would end a drafter's use there.
+        longest = "max_position_embeddings"
+        lengths = verified.config.get(longest, 0), int(policy.config.max_position_embeddings)
+        config = verified.config | {longest: max(lengths)}
         drafter = cls(_config_class(config["architectures"])(**config))
         spare = {"t2d"} | {f"layers.{i}.hidden_norm.weight" for i in range(1, len(drafter.layers))}
         if drafter.embed_tokens is None:

@@ -98,15 +98,19 @@ class Trainer:
         self.drafter.check_layout(layout)
         self._set_learning_rate()
         self.optimizer.zero_grad(set_to_none=True)
-        loss, acceptance, rows = 0.0, torch.zeros(self.config.draft_tokens), 0
+        loss, acceptance, rows = 0.0, torch.zeros(self.config.draft_tokens), 0.0
+        newest = max(rollout.policy_version for rollout in rollouts)
         for version in sorted({rollout.policy_version for rollout in rollouts}):
             same_policy = [rollout for rollout in rollouts if rollout.policy_version == version]
+            weight = self.config.staleness_decay ** (newest - version)
             for part in split_by_tokens(same_policy, self.config.tokens_per_step):
-                part_loss, part_acceptance, part_rows = self._backward(part, layout, heads[version])
+                part_loss, part_acceptance, part_rows = self._backward(
+                    part, layout, heads[version], weight
+                )
                 loss += part_loss
                 acceptance += part_acceptance * part_rows
                 rows += part_rows
-        rows = max(rows, 1)
+        rows = rows or 1.0
         for parameter in self.drafter.parameters():
             if parameter.grad is not None:
                 parameter.grad /= rows
@@ -126,23 +130,29 @@ class Trainer:
         )
 
     def _backward(
-        self, rollouts: Sequence[Rollout], layout: FeatureLayout, head: PolicyHead
-    ) -> tuple[float, Tensor, int]:
+        self,
+        rollouts: Sequence[Rollout],
+        layout: FeatureLayout,
+        head: PolicyHead,
+        weight: float,
+    ) -> tuple[float, Tensor, float]:
+        """Adds gradients; returns summed loss, mean acceptance and rows, all weighted."""
         batch = make_batch(rollouts, layout, head)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             hidden = self.drafter.unroll(batch, head.embed_tokens, self.config.draft_tokens)
-            weight = self.drafter.head_weight(head.lm_head)
+            draft_head = self.drafter.head_weight(head.lm_head)
             result = draft_loss(
                 hidden,
-                weight if self.config.train_head else weight.detach(),
+                draft_head if self.config.train_head else draft_head.detach(),
                 batch,
                 head.lm_head,
                 objective=self.config.objective,
                 depth_decay=self.config.depth_decay,
                 draft_ids=self.drafter.draft_ids,
             )
-        (result.loss * result.rows).backward()
-        return result.loss.item() * result.rows, result.acceptance, result.rows
+        rows = result.rows * weight
+        (result.loss * rows).backward()
+        return result.loss.item() * rows, result.acceptance, rows
 
     def _set_learning_rate(self) -> None:
         factor = min(1.0, (self.step_count + 1) / max(self.config.warmup_steps, 1))
