@@ -270,7 +270,7 @@ def _drafter_config(
         head_dim=policy.head_dim,
         vocab_size=source.vocab_size,
         rms_norm_eps=source.rms_norm_eps,
-        rope_parameters=source.rope_parameters,
+        rope_parameters=policy.rope_parameters,
         max_position_embeddings=source.max_position_embeddings,
         tie_word_embeddings=False,
         draft_vocab_size=source.vocab_size if draft_ids is None else len(draft_ids),
