@@ -103,3 +103,16 @@ def test_damaged_state_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(CheckpointError, match="trainer's state"):
         Trainer(making.drafter(POLICY), CONFIG).restore(tmp_path)
+
+
+def test_a_step_in_bfloat16_goes_where_a_step_in_float32_goes() -> None:
+    rollouts = making.rollouts(POLICY, 24)
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        config = TrainingConfig(precision=precision, learning_rate=3e-3)
+        trainer = Trainer(making.drafter(POLICY), config)
+        losses[precision] = [trainer.step(rollouts, LAYOUT, heads(0)).loss for _ in range(15)]
+        assert {p.dtype for p in trainer.drafter.parameters()} == {torch.float32}
+    exact, rounded = torch.tensor(losses["float32"]), torch.tensor(losses["bfloat16"])
+    assert exact[-1] < 0.9 * exact[0], "a step must matter for this comparison to mean anything"
+    torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0.02)

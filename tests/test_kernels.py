@@ -1,0 +1,99 @@
+"""Elementwise kernels and attention against their plain forms, in float64, with gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers.models.llama.modeling_llama import rotate_half
+
+import drafttrain.drafters.attention as attention
+from drafttrain.drafters.attention import AttentionPlan, attend
+from drafttrain.drafters.batch import Batch
+from drafttrain.drafters.kernels import rotate, swiglu, take_rows, unit_rms
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+def assert_same(got: Tensor, expected: Tensor, *inputs: Tensor) -> None:
+    """Same values, and same gradients of a random projection of them."""
+    torch.testing.assert_close(got, expected)
+    direction = normal(*expected.shape, seed=9).detach()
+    theirs = torch.autograd.grad(expected, inputs, direction)
+    for mine, other in zip(torch.autograd.grad(got, inputs, direction), theirs, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_unit_rms() -> None:
+    x = normal(5, 7)
+    assert_same(unit_rms(x, 1e-3), F.rms_norm(x, (7,), eps=1e-3), x)
+
+
+def test_rotate() -> None:
+    x, angle = normal(5, 3, 8), normal(5, 1, 4).detach()
+    both = torch.cat([angle, angle], -1)
+    assert_same(
+        rotate(x, angle.cos(), angle.sin()), x * both.cos() + rotate_half(x) * both.sin(), x
+    )
+
+
+def test_swiglu() -> None:
+    x = normal(4, 10)
+    assert_same(swiglu(x), F.silu(x[:, :5]) * x[:, 5:], x)
+
+
+def test_take_rows() -> None:
+    x, rows = normal(6, 2, 3), torch.tensor([4, 0, 5])
+    assert_same(take_rows(x, rows), x[rows], x)
+
+
+def batch_of(sizes: list[tuple[int, int]]) -> Batch:
+    """Rollouts of (prompt, completion) tokens without features."""
+    lengths = [prompt + completion for prompt, completion in sizes]
+    total = sum(lengths)
+    return Batch(
+        tokens=torch.zeros(total, dtype=torch.int64),
+        offsets=torch.tensor([0, *lengths]).cumsum(0),
+        captured=torch.ones(total, dtype=torch.bool),
+        last_hidden=torch.zeros(total, 1),
+        aux_hidden=None,
+        prompt_lengths=torch.tensor([prompt for prompt, _ in sizes]),
+        temperatures=torch.ones(len(sizes)),
+    )
+
+
+def plain_attention(
+    batch: Batch, query: Tensor, keys: list[Tensor], values: list[Tensor]
+) -> Tensor:
+    """All keys of all depths in one row of scores, masked."""
+    slots, rounds = batch.slots, batch.rounds
+    same = batch.rollout_of[rounds][:, None] == batch.rollout_of[slots]
+    visible = same & (slots <= rounds[:, None])
+    own = torch.eye(len(rounds), dtype=torch.bool)
+    mask = torch.cat([visible, *[own] * (len(keys) - 1)], 1)
+    key, value = torch.cat(keys).transpose(0, 1), torch.cat(values).transpose(0, 1)
+    return F.scaled_dot_product_attention(query.transpose(0, 1), key, value, mask).transpose(0, 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 12)), min_size=1, max_size=7),
+    st.integers(1, 3),
+    st.sampled_from([30, 200, 1 << 17]),
+)
+def test_attend(sizes: list[tuple[int, int]], depths: int, square_at_once: int) -> None:
+    batch = batch_of(sizes)
+    slots, rounds = len(batch.slots), len(batch.rounds)
+    query = normal(rounds, 2, 8)
+    keys = [normal(slots if d == 0 else rounds, 2, 8, seed=10 + d) for d in range(depths)]
+    values = [normal(slots if d == 0 else rounds, 2, 8, seed=20 + d) for d in range(depths)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_SQUARE_AT_ONCE", square_at_once)
+        got = attend(query, keys, values, AttentionPlan(batch))
+        assert_same(got, plain_attention(batch, query, keys, values), query, *keys, *values)
