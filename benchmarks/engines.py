@@ -32,6 +32,7 @@ class Engine:
         spool: a new folder.
         draft_sample_method: "greedy" or "probabilistic".
         overrides: keys of the policy's configuration to set.
+        registry: to swap from.
     """
 
     def __init__(
@@ -44,10 +45,13 @@ class Engine:
         spool: Path,
         draft_sample_method: str = "greedy",
         overrides: dict[str, Any] | None = None,
+        registry: Path | None = None,
     ) -> None:
         from vllm import LLM
 
         self.spool = spool
+        settings = {"spool": str(spool), "engine": "bench"}
+        settings |= {"registry": str(registry)} if registry else {}
         self.llm = LLM(
             str(policy),
             dtype="float32",
@@ -67,7 +71,7 @@ class Engine:
                 "num_speculative_tokens": k,
                 "draft_sample_method": draft_sample_method,
             },
-            additional_config={"drafttrain": {"spool": str(spool), "engine": "bench"}},
+            additional_config={"drafttrain": settings},
         )
         _kept.append(self.llm)
 

@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from drafttrain.errors import ConfigError, InputError
 
+ObjectiveName = Literal[
+    "soft_cross_entropy", "kl", "reverse_kl", "jsd", "tv", "lk", "hard_cross_entropy"
+]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -25,14 +28,15 @@ class Section(BaseModel):
 class TrainingConfig(Section):
     """How the drafter learns."""
 
-    objective: Literal[
-        "soft_cross_entropy", "kl", "reverse_kl", "jsd", "tv", "lk", "hard_cross_entropy"
-    ] = "lk"
-    """Objective; ``lk`` and ``tv`` fit probabilistic drafts, ``soft_cross_entropy`` greedy ones."""
+    objective: ObjectiveName = "lk"
+    """``lk`` and ``tv`` fit probabilistic drafts, ``soft_cross_entropy`` greedy ones; what each of
+    them is stands in ``training/objectives.py``."""
     draft_tokens: int = Field(3, ge=1, le=16)
     """Depths of training-time test, and k of the acceptance estimate. Set it to the engine's k."""
     depth_decay: float = Field(1.0, gt=0, le=1)
     """Weight of depth j is ``depth_decay ** j``."""
+    staleness_decay: float = Field(1.0, gt=0, le=1)
+    """Weight of a rollout n policy versions behind the newest of its step is this to the n."""
     learning_rate: float = Field(1e-3, gt=0)
     average_decay: float = Field(0.95, ge=0, lt=1)
     """The sidecar publishes a moving average of the weights; this much of it stays at each step."""

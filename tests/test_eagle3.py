@@ -193,3 +193,10 @@ def test_default_layer_ids_are_three_and_within_the_policy(layers: int) -> None:
     assert len(set(ids)) == 3
     assert all(0 <= layer <= layers for layer in ids)
     assert list(ids) == sorted(ids)
+
+
+def test_rope_is_the_policys_but_turns_whole_heads() -> None:
+    half = {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5}
+    config = Eagle3Drafter.initialise(making.policy_shape(rope_parameters=half)).config
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 5e5}
+    assert config.max_position_embeddings == 64

@@ -270,3 +270,8 @@ def test_more_than_one_head_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 3}))
     with pytest.raises(CheckpointError, match="num_nextn_predict_layers"):
         load_drafter(tmp_path, policy)
+
+
+def test_a_width_that_heads_do_not_divide_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="num_attention_heads"):
+        MTPDrafter.initialise(making.policy_shape(num_attention_heads=6, num_key_value_heads=2))

@@ -186,3 +186,14 @@ def train_one_step(model: Eagle3DraftModel, policy: PolicyShape) -> None:
     loss.backward()
     optimizer.step()
     assert not torch.equal(before, model.fc.weight)
+
+
+def test_a_length_copied_from_elsewhere_is_not_kept(policy_folder: Path, tmp_path: Path) -> None:
+    policy = PolicyShape.from_folder(policy_folder)
+    random_drafter(policy, {}).export(tmp_path / "short")
+    config = tmp_path / "short" / "config.json"
+    config.write_text(
+        config.read_text().replace('"max_position_embeddings": 64', '"max_position_embeddings": 16')
+    )
+    load_drafter(tmp_path / "short", policy).export(tmp_path / "out", torch.float32)
+    assert verify(tmp_path / "out").config["max_position_embeddings"] == 64

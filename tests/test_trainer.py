@@ -65,6 +65,17 @@ def test_rollouts_of_two_policy_versions_use_their_own_heads() -> None:
     assert min(losses) < mixed.loss < max(losses)
 
 
+def test_staler_rollouts_weigh_less() -> None:
+    old, new = making.rollouts(POLICY, 3, seed=1), making.rollouts(POLICY, 3, seed=2, version=1)
+
+    def loss(decay: float) -> float:
+        config = TrainingConfig(draft_tokens=3, staleness_decay=decay)
+        return Trainer(making.drafter(POLICY), config).step([*old, *new], LAYOUT, heads(0, 1)).loss
+
+    only_new = Trainer(making.drafter(POLICY), CONFIG).step(new, LAYOUT, heads(1)).loss
+    assert abs(loss(0.01) - only_new) < 0.02 * abs(loss(1.0) - only_new)
+
+
 def test_non_finite_gradients_stop_the_training() -> None:
     broken = making.rollouts(POLICY, 2)
     assert broken[0].aux_hidden is not None

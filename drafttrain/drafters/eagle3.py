@@ -18,8 +18,9 @@ head over a draft vocabulary, and an embedding of its own where its width is not
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -120,10 +121,11 @@ class Eagle3Drafter(Drafter):
             raise ValueError("an Eagle3 drafter needs the policy's aux hidden states")
         states, eps = batch.aux_hidden[batch.slots], self.config.rms_norm_eps
         if self.input_norm is not None:
-            states = states.to(self.fc.weight.dtype).flatten(1)
-            return unit_rms(states, eps) * self.input_norm.weight
+            together = states.to(self.fc.weight.dtype).flatten(1)
+            normed: Tensor = unit_rms(together, eps) * self.input_norm.weight
+            return normed
         if self.fc_norm is not None:
-            weights = torch.stack([norm.weight for norm in self.fc_norm])
+            weights = torch.stack([*self.fc_norm.parameters()])
             states = unit_rms(states.to(weights.dtype), eps) * weights
         return states.flatten(1)
 
@@ -137,7 +139,7 @@ class Eagle3Drafter(Drafter):
         last, eps = len(self.layers) - 1, self.config.rms_norm_eps
         return [
             UnrolledLayer(layer, plans, embeds, eps, dtype, last=index == last)
-            for index, layer in enumerate(self.layers)
+            for index, layer in enumerate(cast("Iterable[Eagle3Layer]", self.layers))
         ]
 
     def _rotation(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
@@ -173,7 +175,7 @@ class Eagle3Drafter(Drafter):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         # Small writes to the residual: the first drafts come from fc's features alone.
-        for layer in drafter.layers:
+        for layer in cast("Iterable[Eagle3Layer]", drafter.layers):
             for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
                 nn.init.zeros_(projection.weight)
         if draft_ids is not None:
@@ -196,7 +198,10 @@ class Eagle3Drafter(Drafter):
     def load(cls, folder: Path, policy: PolicyShape) -> Self:
         """Read a folder of the raw layout or that of ``speculators``."""
         verified = verify(folder, TargetFingerprint.from_config(policy.config.to_dict()))
-        config = verified.config
+        # A length copied from elsewhere (2048, say) would end a drafter's use there.
+        longest = "max_position_embeddings"
+        lengths = verified.config.get(longest, 0), int(policy.config.max_position_embeddings)
+        config = verified.config | {longest: max(lengths)}
         drafter = cls(_config_class(config["architectures"])(**config))
         spare = {"t2d"} | {f"layers.{i}.hidden_norm.weight" for i in range(1, len(drafter.layers))}
         if drafter.embed_tokens is None:
@@ -235,7 +240,8 @@ class Eagle3Drafter(Drafter):
 
 
 def _config_class(architectures: list[str]) -> type[PretrainedConfig]:
-    return Qwen3Config if architectures == [QWEN3] else LlamaConfig
+    config_class: type[PretrainedConfig] = Qwen3Config if architectures == [QWEN3] else LlamaConfig
+    return config_class
 
 
 def _drafter_config(
@@ -264,7 +270,7 @@ def _drafter_config(
         head_dim=policy.head_dim,
         vocab_size=source.vocab_size,
         rms_norm_eps=source.rms_norm_eps,
-        rope_parameters=source.rope_parameters,
+        rope_parameters=policy.rope_parameters,
         max_position_embeddings=source.max_position_embeddings,
         tie_word_embeddings=False,
         draft_vocab_size=source.vocab_size if draft_ids is None else len(draft_ids),

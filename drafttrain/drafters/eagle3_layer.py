@@ -147,7 +147,8 @@ class UnrolledLayer:
         if (bias := self.layer.self_attn.o_proj.bias) is not None:
             residual = residual + bias.to(residual.dtype)
         gate_up = F.linear(unit_rms(residual, self.eps), self.gate_up_weight)
-        return torch.addmm(residual, swiglu(gate_up), self.down_weight)
+        written: Tensor = torch.addmm(residual, swiglu(gate_up), self.down_weight)
+        return written
 
     def _qkv(self, normed: Tensor, embedded: Tensor) -> Tensor:
         if self.qkv_of_embeds is None:
@@ -161,12 +162,12 @@ class UnrolledLayer:
         by_head = qkv.view(-1, heads + 2 * kv_heads, attention.head_dim)
         turned, value = by_head.split([heads + kv_heads, kv_heads], 1)
         if attention.q_norm is not None and attention.k_norm is not None:
-            weights = (
-                attention.q_norm.weight.expand(heads, -1),
-                attention.k_norm.weight.expand(kv_heads, -1),
-            )
-            turned = unit_rms(turned, self.eps) * torch.cat(weights).to(turned.dtype)
-        query, key = rotate(turned, *rotation).split([heads, kv_heads], 1)
+            of_query = attention.q_norm.weight.expand(heads, -1)
+            of_key = attention.k_norm.weight.expand(kv_heads, -1)
+            weights = torch.cat([of_query, of_key]).to(turned.dtype)
+            turned = unit_rms(turned, self.eps) * weights
+        rotated = rotate(turned, *rotation)
+        query, key = rotated[:, :heads], rotated[:, heads:]
         if heads != kv_heads:
             key, value = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (key, value))
         self.keys.append(key)

@@ -243,6 +243,9 @@ def _with_one_head(config: PretrainedConfig, family: str) -> PretrainedConfig:
 def _mimo_config(policy: PolicyShape) -> Qwen2Config:
     """Of a dense Qwen2 layer with the policy's sizes, RoPE and lengths."""
     source = policy.config
+    if source.hidden_size % source.num_attention_heads:
+        problem = f"{source.hidden_size}, expected a multiple of num_attention_heads for a new head"
+        raise CheckpointError("policy", "hidden_size", problem)
     return Qwen2Config(
         architectures=[FAMILIES["mimo"].architecture],
         hidden_size=source.hidden_size,
@@ -253,7 +256,7 @@ def _mimo_config(policy: PolicyShape) -> Qwen2Config:
         head_dim=source.hidden_size // source.num_attention_heads,  # the engine takes no other
         vocab_size=source.vocab_size,
         rms_norm_eps=source.rms_norm_eps,
-        rope_parameters=source.rope_parameters,
+        rope_parameters=policy.rope_parameters,
         max_position_embeddings=source.max_position_embeddings,
         tie_word_embeddings=False,
         num_nextn_predict_layers=1,

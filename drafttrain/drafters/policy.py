@@ -21,6 +21,8 @@ _EMBEDDING = "model.embed_tokens.weight"
 _FINAL_NORM = "model.norm.weight"
 _LM_HEAD = "lm_head.weight"
 
+_PARTIAL_ROPE = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")
+
 # Policies whose configuration class is remote code, and the one it differs from in name only.
 _KNOWN_AS = {"mimo": "qwen2", "kimi_k2": "deepseek_v3"}
 
@@ -69,6 +71,13 @@ class PolicyShape:
     @property
     def num_layers(self) -> int:
         return int(self.config.num_hidden_layers)
+
+    @property
+    def rope_parameters(self) -> dict[str, Any]:
+        """Of its full attention, for a drafter, which turns the whole of a head by one position."""
+        given = dict(self.config.rope_parameters)
+        given = given.get("full_attention", given)
+        return {key: value for key, value in given.items() if key not in _PARTIAL_ROPE}
 
     @property
     def head_dim(self) -> int:

@@ -29,14 +29,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-ObjectiveName = Literal[
-    "soft_cross_entropy", "kl", "reverse_kl", "jsd", "tv", "lk", "hard_cross_entropy"
-]
+from drafttrain.config import ObjectiveName
+
 Rows = Callable[[Tensor, Tensor], Tensor]
 
 

@@ -134,23 +134,27 @@ class Trainer:
         self.drafter.check_layout(layout)
         self._set_learning_rate()
         self.optimizer.zero_grad(set_to_none=True)
+        newest = max((part[0].policy_version for part in parts), default=0)
         # Loss, tokens, rows and acceptance at each depth; the first and the last weighted by rows.
         sums = torch.zeros(3 + self.config.draft_tokens, dtype=torch.float64)
         for part in parts:
-            loss, acceptance, rows = self._backward(part, layout, heads[part[0].policy_version])
+            version = part[0].policy_version
+            weight = self.config.staleness_decay ** (newest - version)
+            loss, acceptance, rows = self._backward(part, layout, heads[version], weight)
             tokens = sum(rollout.length for rollout in part)
             sums[:3] += torch.tensor([loss, tokens, rows], dtype=torch.float64)
             sums[3:] += acceptance.double().cpu() * rows
         sums = self._devices.total(sums).cpu()
-        norm = self._update(max(int(sums[2]), 1), [rollout for part in parts for rollout in part])
+        rows = float(sums[2]) or 1.0
+        norm = self._update(rows, [rollout for part in parts for rollout in part])
         self.step_count += 1
         self.tokens_seen += int(sums[1])
-        means = sums / sums[2].clamp_min(1)
+        means = sums / rows
         return StepReport(
             self.step_count, float(means[0]), means[3:].tolist(), int(sums[1]), float(norm)
         )
 
-    def _update(self, rows: int, rollouts: Sequence[Rollout]) -> Tensor:
+    def _update(self, rows: float, rollouts: Sequence[Rollout]) -> Tensor:
         """Apply the gradients, which are sums over `rows`; returns their norm before clipping."""
         self._devices.add_gradients(self.drafter.parameters())
         for parameter in self.drafter.parameters():
@@ -168,8 +172,13 @@ class Trainer:
         return norm
 
     def _backward(
-        self, rollouts: Sequence[Rollout], layout: FeatureLayout, head: PolicyHead
-    ) -> tuple[float, Tensor, int]:
+        self,
+        rollouts: Sequence[Rollout],
+        layout: FeatureLayout,
+        head: PolicyHead,
+        weight: float,
+    ) -> tuple[float, Tensor, float]:
+        """Adds gradients; returns summed loss, mean acceptance and rows, all weighted."""
         device = self._devices.device
         batch = self._with_noise(make_batch(rollouts, layout, head).to(device))
         policy_head = head.lm_head.to(device)
@@ -178,18 +187,19 @@ class Trainer:
             hidden = self.drafter.unroll(
                 batch, head.embed_tokens.to(device), self.config.draft_tokens
             )
-            weight = self.drafter.head_weight(policy_head)
+            draft_head = self.drafter.head_weight(policy_head)
             result = draft_loss(
                 hidden,
-                weight if self.config.train_head else weight.detach(),
+                draft_head if self.config.train_head else draft_head.detach(),
                 batch,
                 policy_head,
                 objective=self.config.objective,
                 depth_decay=self.config.depth_decay,
                 draft_ids=self.drafter.draft_ids,
             )
-        (result.loss * result.rows).backward()
-        return result.loss.item() * result.rows, result.acceptance, result.rows
+        rows = result.rows * weight
+        (result.loss * rows).backward()
+        return result.loss.item() * rows, result.acceptance, rows
 
     def _with_noise(self, batch: Batch) -> Batch:
         """Features with noise, as EAGLE trains on them (arXiv 2401.15077, section 3.2)."""

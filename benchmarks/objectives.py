@@ -1,0 +1,135 @@
+"""Which objective fits which way of drafting: measured by a real engine's own counters.
+
+One Eagle3 drafter, one set of rollouts, one number of steps; only the objective differs. Each
+trained drafter is swapped into an engine that drafts greedily and one that drafts
+probabilistically, and both sample at the temperature the rollouts were made at.
+
+    python -m benchmarks.objectives [--json] [--steps N] [--drafted N] [--temperature T]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.engines import Engine, prompts
+from benchmarks.subjects import SUBJECTS, make_policy
+from drafttrain.checkpoints.manifest import TargetFingerprint
+from drafttrain.checkpoints.registry import Registry
+from drafttrain.config import TrainingConfig
+from drafttrain.control.acceptance import DraftSampleMethod
+from drafttrain.drafters import PolicyShape, load_drafter
+from drafttrain.integrations.vllm.local import serve_engine
+from drafttrain.pretrain import pretrain
+from drafttrain.publishing import publish_drafter, publish_folder
+from drafttrain.rollouts.replay import Replay
+from drafttrain.training.objectives import OBJECTIVES, ObjectiveName
+
+K = 3
+METHODS: tuple[DraftSampleMethod, ...] = ("greedy", "probabilistic")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Acceptance length of one objective's drafter under one way of drafting."""
+
+    objective: str
+    draft_sample_method: str
+    temperature: float
+    drafted: int
+    acceptance_length: float
+
+
+class Comparison:
+    """The policy, its rollouts, and a registry with one version for each objective.
+
+    Args:
+        folder: to work in.
+        steps: of training.
+        temperature: of all sampling.
+    """
+
+    def __init__(self, folder: Path, steps: int, temperature: float) -> None:
+        self.folder, self.steps, self.temperature = folder, steps, temperature
+        self.policy = make_policy(folder / "policy", "qwen3")
+        self.registry = Registry(folder / "registry")
+        start = folder / "start"
+        SUBJECTS[0].drafter(self.policy).export(start, torch.float32)
+        publish_folder(start, self.policy, self.registry)
+        engine = self.engine("probabilistic", "rollouts")
+        engine.generate(prompts(320), temperature, max_tokens=40)
+        self.replay = Replay(engine.spool)
+        self.versions = {name: self._train(name) for name in OBJECTIVES}
+
+    def engine(self, method: DraftSampleMethod, spool: str) -> Engine:
+        return Engine(
+            self.policy,
+            self.registry.folder(1),
+            method="eagle3",
+            k=K,
+            spool=self.folder / spool,
+            draft_sample_method=method,
+            registry=self.registry.root,
+        )
+
+    def cells(self, drafted: int) -> Iterator[Cell]:
+        for method in METHODS:
+            engine = self.engine(method, method)
+            with serve_engine(engine.llm) as server:
+                for name, version in self.versions.items():
+                    server.swap(version)
+                    yield self._count(engine, name, method, drafted)
+
+    def _train(self, name: ObjectiveName) -> int:
+        target = TargetFingerprint.from_folder(self.policy)
+        drafter = load_drafter(self.registry.folder(1), PolicyShape.from_folder(self.policy))
+        config = TrainingConfig(
+            objective=name, draft_tokens=K, learning_rate=3e-3, tokens_per_step=512
+        )
+        report = pretrain(drafter, self.replay, config, steps=self.steps)
+        manifest = publish_drafter(
+            self.registry, drafter, target, parent=1, lineage=report.lineage, acceptance=None
+        )
+        return manifest.version
+
+    def _count(
+        self, engine: Engine, name: ObjectiveName, method: DraftSampleMethod, drafted: int
+    ) -> Cell:
+        before = engine.acceptance()
+        salt = 1000  # the same prompts for all
+        while engine.acceptance().drafted - before.drafted < drafted:
+            engine.generate(prompts(256, salt=(salt := salt + 1)), self.temperature, 48)
+        after = engine.acceptance()
+        accepted = sum(after.accepted_per_position) - sum(before.accepted_per_position)
+        length = 1 + accepted / (after.rounds - before.rounds)
+        return Cell(name, method, self.temperature, after.drafted - before.drafted, length)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps each")
+    parser.add_argument("--drafted", type=int, default=20_000, help="draft tokens a measurement")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        comparison = Comparison(Path(folder), options.steps, options.temperature)
+        cells = list(comparison.cells(options.drafted))
+    if options.json:
+        print(json.dumps({"cells": [asdict(cell) for cell in cells]}))
+        return
+    for cell in cells:
+        print(
+            f"{cell.draft_sample_method:14} {cell.objective:20} {cell.acceptance_length:.3f} "
+            f"({cell.drafted} drafted)"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""The commands that make a drafter and write it in another layout, for every kind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import making
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from drafttrain.checkpoints.verify import verify
+from drafttrain.cli import main
+from drafttrain.drafters import KINDS
+from drafttrain.rollouts.spool import SpoolWriter
+
+VOCAB = making.policy_shape().vocab_size
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy that is called a MiMo, and a spool of rollouts."""
+    root = tmp_path_factory.mktemp("kinds")
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCAB,
+        tie_word_embeddings=False,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(root / "policy")
+    path = root / "policy" / "config.json"
+    changed = {"architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    writer = SpoolWriter(root / "spool", engine="test")
+    writer.write_head(making.policy_head(making.policy_shape()))
+    writer.write(making.rollouts(making.policy_shape(), 40), making.layout(making.policy_shape()))
+    return root
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    return int(ended.value.code or 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_init_makes_a_sound_drafter(kind: str, folder: Path, tmp_path: Path) -> None:
+    assert run("init", "--target", folder / "policy", "--kind", kind, "--out", tmp_path) == 0
+    assert run("verify", tmp_path, "--target", folder / "policy") == 0
+
+
+def test_init_takes_the_options_of_a_kind(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = folder / "policy"
+    chosen = ("--draft-vocab", 9, "--rollouts", folder / "spool", "--layers", "0,2,4")
+    assert run("init", "--target", policy, "--out", tmp_path / "eagle", *chosen) == 0
+    assert "9 tokens hold" in capsys.readouterr().out
+    config = verify(tmp_path / "eagle").config
+    assert config["draft_vocab_size"] == 9
+    assert config["eagle_aux_hidden_state_layer_ids"] == [0, 2, 4]
+
+    small = ("--kind", "draft_model", "--out", tmp_path / "small")
+    assert run("init", "--target", policy, *small, "--layers", "1,3") == 0
+    assert verify(tmp_path / "small").config["num_hidden_layers"] == 2
+    again = ("--kind", "draft_model", "--out", tmp_path / "again", "--source", tmp_path / "small")
+    assert run("init", "--target", policy, *again) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "option"), [("mtp", "--layers=1"), ("eagle3", "--source=x"), ("eagle3", "--layers=9")]
+)
+def test_options_of_another_kind_are_refused(
+    kind: str, option: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = folder / "policy"
+    assert run("init", "--target", policy, "--kind", kind, "--out", tmp_path / "x", option) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [("eagle3", "speculators"), ("mtp", "policy"), ("draft_model", "raw")],
+)
+def test_export_writes_the_layout(kind: str, layout: str, folder: Path, tmp_path: Path) -> None:
+    policy = folder / "policy"
+    run("init", "--target", policy, "--kind", kind, "--out", tmp_path / "made")
+    out = ("--out", tmp_path / "out", "--layout", layout)
+    assert run("export", tmp_path / "made", "--target", policy, *out) == 0
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_a_layout_that_a_kind_has_not_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = folder / "policy"
+    run("init", "--target", policy, "--kind", "mtp", "--out", tmp_path / "made")
+    out = ("--out", tmp_path / "out", "--layout", "speculators")
+    assert run("export", tmp_path / "made", "--target", policy, *out) == 2
+    assert "--layout" in capsys.readouterr().err
