@@ -22,14 +22,14 @@ from benchmarks.engines import Engine, prompts
 from benchmarks.subjects import SUBJECTS, make_policy
 from drafttrain.checkpoints.manifest import TargetFingerprint
 from drafttrain.checkpoints.registry import Registry
-from drafttrain.config import TrainingConfig
+from drafttrain.config import ObjectiveName, TrainingConfig
 from drafttrain.control.acceptance import DraftSampleMethod
 from drafttrain.drafters import PolicyShape, load_drafter
 from drafttrain.integrations.vllm.local import serve_engine
 from drafttrain.pretrain import pretrain
 from drafttrain.publishing import publish_drafter, publish_folder
 from drafttrain.rollouts.replay import Replay
-from drafttrain.training.objectives import OBJECTIVES, ObjectiveName
+from drafttrain.training.objectives import OBJECTIVES
 
 K = 3
 METHODS: tuple[DraftSampleMethod, ...] = ("greedy", "probabilistic")

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from drafttrain.config import ObjectiveName
 from drafttrain.drafters.batch import Batch
 from drafttrain.drafters.kernels import compute_dtype
-from drafttrain.training.objectives import OBJECTIVES, ObjectiveName
+from drafttrain.training.objectives import OBJECTIVES
 
 # Draft logits that exist at once, and those worked on at once (on a CPU: what its cache holds).
 _CHUNK_ELEMENTS = 1 << 25
