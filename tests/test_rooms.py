@@ -26,7 +26,11 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "rollouts": (FOUNDATION, TORCH),
     "drafters": (DATA, TORCH | {"transformers"}),
     "training": (LEARNING, TORCH | {"transformers"}),
-    "control": (LEARNING, TORCH),
+    "control": (LEARNING, TORCH | {"scipy"}),
+    "simulator": (
+        LEARNING | {"control"},
+        {"numpy", "scipy", "pydantic", "yaml", "rich", "matplotlib"},
+    ),
     "telemetry": (FOUNDATION, set()),
     "publishing": (LOOPS, TORCH),
     "pretrain": (LOOPS | {"publishing"}, TORCH),
@@ -95,6 +99,12 @@ def test_the_plugin_loads_no_trainer() -> None:
     assert not {
         name for name in modules if name.startswith(tuple(f"drafttrain.{h}" for h in heavy))
     }
+
+
+def test_the_simulator_answers_without_torch() -> None:
+    modules = loaded_by("import drafttrain.simulator.study, drafttrain.simulator.report")
+    assert "drafttrain.control.economics" in modules
+    assert not modules & {"torch", "transformers", "vllm", "matplotlib"}
 
 
 def test_help_imports_nothing_heavy() -> None:

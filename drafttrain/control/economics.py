@@ -126,10 +126,7 @@ class EngineCost(StepCost, Section):
     def step_seconds(self, batch: float, k: int) -> float:
         """Seconds of one step of `batch` running requests with k draft tokens each."""
         return (
-            self.step
-            + self.token * batch * (k + 1)
-            + self.draft * k
-            + self.draft_token * batch * k
+            self.step + self.token * batch * (k + 1) + self.draft * k + self.draft_token * batch * k
         )
 
     @classmethod

@@ -12,7 +12,7 @@ from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from scipy.optimize import brentq, least_squares
 
 from drafttrain.config import Fraction, Section
@@ -53,7 +53,10 @@ class Acceptance(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if sum(source is not None for source in (self.constant, self.per_position, self.lengths)) != 1:
+        if (
+            sum(source is not None for source in (self.constant, self.per_position, self.lengths))
+            != 1
+        ):
             raise ValueError("expected one of constant, per_position and lengths")
         if self.per_position is not None:
             falls = np.diff(self.per_position)
@@ -74,9 +77,10 @@ class Acceptance(Section):
             survive = np.array(self.per_position)
             before = np.concatenate([[1.0], survive[:-1]])
             chances = np.divide(survive, before, out=np.zeros_like(survive), where=before > 0)
-            return np.concatenate([chances, np.full(max(0, k - len(chances)), chances[-1])])[:k]
+            beyond = np.full(max(0, k - len(chances)), chances[-1])
+            return np.asarray(np.concatenate([chances, beyond])[:k])
         first, decay = fit_lengths(self.lengths or {})
-        return np.minimum(first * decay ** np.arange(k), 1.0)
+        return np.asarray(np.minimum(first * decay ** np.arange(k), 1.0))
 
     def per_position_at(self, k: int, loss: float = 0.0) -> NDArray[np.float64]:
         """Fraction of rounds that accept each position; float64 [k]."""
@@ -96,7 +100,7 @@ def fit_lengths(lengths: dict[int, float]) -> tuple[float, float]:
     def errors(parameters: Sequence[float]) -> NDArray[np.float64]:
         chances = np.minimum(parameters[0] * parameters[1] ** np.arange(max(ks)), 1.0)
         survive = np.cumprod(chances)
-        return np.array([1 + survive[:k].sum() for k in ks]) / published - 1
+        return np.asarray([1 + survive[:k].sum() for k in ks] / published - 1)
 
     start = [constant_chance(ks[0], lengths[ks[0]]), 0.98]
     fitted = least_squares(errors, start, bounds=([0.0, 0.0], [1.0, 1.2]))

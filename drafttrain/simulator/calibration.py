@@ -23,11 +23,11 @@ from scipy.optimize import least_squares
 
 from drafttrain.config import Section
 from drafttrain.simulator.acceptance import Acceptance
-from drafttrain.simulator.pipeline import Comparison, changed, compare
-from drafttrain.simulator.roofline import DrafterKind
-from drafttrain.simulator.scenario import DATA, Scenario, load_preset
+from drafttrain.simulator.models import DrafterKind
+from drafttrain.simulator.pipeline import Comparison, compare
+from drafttrain.simulator.scenario import DATA, Scenario, changed, load_preset
 
-Quantity = Literal["generation_speedup", "step_seconds", "step_speedup"]
+Quantity = Literal["generation_speedup", "step_seconds", "step_speedup", "exposed_seconds"]
 
 
 class Figure(Section):
@@ -130,12 +130,14 @@ def _answer(figure: Figure, comparison: Comparison) -> float:
         return comparison.generation_speedup
     if figure.quantity == "step_speedup":
         return comparison.step_speedup
+    if figure.quantity == "exposed_seconds":
+        return comparison.speculation.exposed
     return comparison.speculation.seconds
 
 
-def fit() -> Constants:
-    """Fit the six constants to the fitted figures of the measured runs; takes about 20 seconds."""
-    wanted = [figure for figure in figures() if figure.fitted and figure.preset.startswith("8b-")]
+def fit(published: list[Figure]) -> Constants:
+    """Fit the six constants to the fitted figures of the measured runs; takes some 10 seconds."""
+    wanted = [figure for figure in published if figure.fitted and figure.preset.startswith("8b-")]
     names = list(vars(START))
     start = np.log([vars(START)[name] for name in names])
 
@@ -148,15 +150,15 @@ def fit() -> Constants:
     return Constants(**dict(zip(names, np.exp(fitted.x).tolist(), strict=True)))
 
 
-def fit_training() -> float:
+def fit_training(published: list[Figure]) -> float:
     """GPU-seconds of training in the 235B projection, from its end-to-end speedup."""
-    [figure] = [f for f in figures() if f.fitted and not f.preset.startswith("8b-")]
+    [figure] = [f for f in published if f.fitted and not f.preset.startswith("8b-")]
     scenario = scenario_of(figure)
     comparison = compare(scenario, figure.k)
-    published = figure.published
+    wanted = figure.published
     before, after = comparison.baseline.generation, comparison.speculation.generation
-    # published = (before + rest) / (after + rest)
-    return (before - published * after) / (published - 1.0) * scenario.cluster.gpus
+    # wanted = (before + rest) / (after + rest)
+    return (before - wanted * after) / (wanted - 1.0) * scenario.cluster.gpus
 
 
 def median_error(predictions: list[Prediction]) -> float:
@@ -166,6 +168,6 @@ def median_error(predictions: list[Prediction]) -> float:
 
 
 if __name__ == "__main__":
-    for name, value in vars(fit()).items():
+    for name, value in vars(fit(figures())).items():
         print(f"{name}: {value:.4g}")
-    print(f"qwen3-235b training GPU-seconds: {fit_training():.4g}")
+    print(f"qwen3-235b training GPU-seconds: {fit_training(figures()):.4g}")

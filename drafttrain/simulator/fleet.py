@@ -4,8 +4,8 @@ Between two events (a request ends, or others arrive) an engine's batch is const
 that stretch are taken at once. All replicas move in lockstep of events, not of time: each has its
 own clock, and one numpy operation advances them all.
 
-A replica's *progress* counts the tokens a request has gained that ran since the start; every running
-request gains the same number of tokens in a step, the acceptance length at the k in use.
+A replica's *progress* counts the tokens gained by a request that has run since the start; every
+running request gains the same number of tokens in a step, the acceptance length at the k in use.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Fleet:
             the time at which the last of them ended.
         """
         while True:
-            waiting_for = np.isnan(self._end[:, :requests]).any(axis=1)
+            waiting_for = np.any(np.isnan(self._end[:, :requests]), axis=1)
             if not waiting_for.any():
                 break
             self._advance(waiting_for)

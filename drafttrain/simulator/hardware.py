@@ -2,8 +2,8 @@
 
 A *device* is what the data sheet says, and the fraction of it that kernels reach. An *engine* is
 the software around the kernels: seconds that no faster memory would save. ``vllm`` is fitted to
-published measurements (``calibration.yaml``); ``ideal`` has none of them, which is what a projection
-from kernels and interconnect alone assumes.
+published measurements (``calibration.yaml``); ``ideal`` has none of them, as a projection from
+kernels and interconnect alone assumes.
 """
 
 from __future__ import annotations
@@ -104,6 +104,4 @@ def lookup(table: dict[str, Any], what: str, value: Any) -> Any:
     return value
 
 
-DeviceChoice = Annotated[
-    Device, BeforeValidator(lambda value: lookup(DEVICES, "device", value))
-]
+DeviceChoice = Annotated[Device, BeforeValidator(lambda value: lookup(DEVICES, "device", value))]

@@ -7,8 +7,9 @@ mixture of experts (MoE). Norms, biases, routers and the embedding lookup are le
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -77,7 +78,9 @@ class ModelShape(Section):
         return 2 * self.layers * self.kv_heads * self.head_dim
 
 
-def _qwen3(layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int = 8) -> ModelShape:
+def _qwen3(
+    layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int = 8
+) -> ModelShape:
     return ModelShape(
         layers=layers,
         hidden_size=hidden,
@@ -161,3 +164,48 @@ def _find(value: Any) -> Any:
 
 # A model by name, by its folder, or by its sizes.
 Model = Annotated[ModelShape, BeforeValidator(_find)]
+
+
+DrafterKind = Literal["eagle3", "mtp", "draft_model", "ngram"]
+
+
+@dataclass(frozen=True)
+class DrafterShape:
+    """A drafter with weights of its own.
+
+    Attributes:
+        model: its layers and head.
+        fusing: further weights, that bring the policy's hidden states in.
+    """
+
+    model: ModelShape
+    fusing: int = 0
+
+
+def drafter_shape(
+    kind: DrafterKind, policy: ModelShape, draft_vocab: int, model: ModelShape | None
+) -> DrafterShape | None:
+    """The drafter that goes with a policy; None for n-grams.
+
+    Args:
+        draft_vocab: rows of an eagle3 drafter's head.
+        model: the draft model's own shape; only for ``draft_model``.
+    """
+    hidden = policy.hidden_size
+    if kind == "eagle3":
+        # Three states of the policy become one; the attention reads it and the embedding.
+        layer = ModelShape(
+            layers=1,
+            hidden_size=hidden,
+            heads=policy.heads,
+            kv_heads=policy.kv_heads,
+            head_dim=policy.head_dim,
+            vocab_size=draft_vocab,
+            intermediate_size=policy.intermediate_size or 3 * hidden,
+        )
+        inner = policy.head_dim * (policy.heads + 2 * policy.kv_heads)
+        return DrafterShape(layer, fusing=3 * hidden**2 + hidden * inner)
+    if kind == "mtp":
+        # One of the policy's own layers, over its last state and the embedding.
+        return DrafterShape(policy.model_copy(update={"layers": 1}), fusing=2 * hidden**2)
+    return DrafterShape(model) if model else None

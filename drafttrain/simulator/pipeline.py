@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from drafttrain.simulator.fleet import Fleet, Speculation
-from drafttrain.simulator.roofline import AtContext, Measured, Roofline, StepModel, drafter_shape
-from drafttrain.simulator.scenario import Scenario
+from drafttrain.simulator.models import drafter_shape
+from drafttrain.simulator.roofline import AtContext, Measured, Roofline, StepModel
+from drafttrain.simulator.scenario import Scenario, changed
 
 # A replica is like any other once lengths are drawn from the same quantiles; this many show the
 # stragglers of a batch.
@@ -71,7 +72,6 @@ def step_model(scenario: Scenario) -> StepModel:
         precision=cluster.precision,
         kv_precision=cluster.kv_precision,
         drafter=drafter_shape(drafter.kind, scenario.policy, drafter.draft_vocab, drafter.model),
-        kind=drafter.kind,
         devices=cluster.tensor_parallel,
     )
 
@@ -139,8 +139,7 @@ def run_step(scenario: Scenario, k: int | None, loss: float = 0.0) -> RunningSte
     """
     cluster = scenario.cluster
     if cluster.generation_gpus == "best":
-        runs = (run_step(changed(scenario, cluster=changed(scenario.cluster, generation_gpus=n)), k, loss) for n in _divisions(scenario))
-        return min(runs, key=lambda run: run.seconds)
+        return _best_division(scenario, k, loss)
     generation_gpus = cluster.gpus if cluster.generation_gpus == "all" else cluster.generation_gpus
     training_gpus = cluster.gpus - generation_gpus or cluster.gpus
     stages = _stages(scenario, training_gpus)
@@ -162,11 +161,6 @@ def run_step(scenario: Scenario, k: int | None, loss: float = 0.0) -> RunningSte
         acceptance_length=fleet.tokens / fleet.request_steps,
         generation_gpus=generation_gpus,
     )
-
-
-def changed(section: Any, **changes: Any) -> Any:
-    """A copy of a frozen configuration section with some fields changed."""
-    return section.model_copy(update=changes)
 
 
 def mean_context(scenario: Scenario) -> float:
@@ -269,7 +263,26 @@ def _without_training(scenario: Scenario, generation_gpus: int) -> Scenario:
     return changed(scenario, cluster=cluster, pipeline=changed(scenario.pipeline, **free))
 
 
-def _divisions(scenario: Scenario) -> list[int]:
+def _best_division(scenario: Scenario, k: int | None, loss: float) -> RunningStep:
+    """The shortest step over sixteenths of the devices.
+
+    With more devices that generate, generation gets shorter and training longer, so the step has
+    one minimum; it is found by halving.
+    """
     gpus, parallel = scenario.cluster.gpus, scenario.cluster.tensor_parallel
-    whole = {round(gpus * part / 16 / parallel) * parallel for part in range(1, 16)}
-    return sorted(n for n in whole if parallel <= n < gpus)
+    divisions = sorted({round(gpus * part / 16 / parallel) * parallel for part in range(1, 16)})
+    divisions = [n for n in divisions if parallel <= n < gpus]
+
+    @cache
+    def run(index: int) -> RunningStep:
+        cluster = changed(scenario.cluster, generation_gpus=divisions[index])
+        return run_step(changed(scenario, cluster=cluster), k, loss)
+
+    low, high = 0, len(divisions) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if run(middle).seconds <= run(middle + 1).seconds:
+            high = middle
+        else:
+            low = middle + 1
+    return run(low)

@@ -127,8 +127,8 @@ def assumptions(scenario: Scenario) -> Iterable[str]:
         f"{device.flops_efficiency:.0%} of the arithmetic rate; the parts of a step add up"
     )
     yield (
-        f"the engine adds {1e3 * engine.host:.1f} ms to a step and {1e3 * engine.draft:.1f} ms to a "
-        "drafting pass" + _graphs(engine.captured_tokens, engine.uncaptured_layer)
+        f"the engine adds {1e3 * engine.host:.1f} ms to a step and {1e3 * engine.draft:.1f} ms to "
+        "a drafting pass" + _graphs(engine.captured_tokens, engine.uncaptured_layer)
     )
     yield (
         f"at most {slots(scenario, model)} requests run at once in a replica, each with "
@@ -231,11 +231,7 @@ def _break_even(study: Study) -> Iterable[str]:
     online = study.online
     if study.scenario.drafter.acceptance.drift.losses(2, trained=False).any():
         yield (
-            f"after {len(online.frozen)} RL steps: {online.trained[-1]:.2f}x with a drafter trained "
-            f"online, {online.frozen[-1]:.2f}x with one frozen; training "
-            + (
-                f"has paid for itself by step {online.pays_back_at}"
-                if online.pays_back_at
-                else "does not pay for itself"
-            )
+            f"after {len(online.frozen)} RL steps: {online.trained[-1]:.2f}x with a drafter "
+            f"trained online, {online.frozen[-1]:.2f}x with one frozen; training "
+            + (f"has paid by step {online.pays_back_at}" if online.pays_back_at else "does not pay")
         )

@@ -19,18 +19,17 @@ drafts k more. The parts add up; nothing overlaps:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from drafttrain.control.economics import EngineCost, StepCost
 from drafttrain.simulator.hardware import BYTES, Device, Engine, Precision
-from drafttrain.simulator.models import ModelShape
+from drafttrain.simulator.models import DrafterShape, ModelShape
 
 Array = NDArray[np.float64]
-DrafterKind = Literal["eagle3", "mtp", "draft_model", "ngram"]
 
 
 class StepModel(ABC):
@@ -57,7 +56,7 @@ class StepModel(ABC):
 
 @dataclass(frozen=True)
 class AtContext(StepCost):
-    """A step model at one mean context, for the questions of :mod:`drafttrain.control.economics`."""
+    """A step model at one mean context: answers what a :class:`StepCost` is asked."""
 
     model: StepModel
     context: float
@@ -92,8 +91,7 @@ class Roofline(StepModel):
     """A step of one replica from the sizes of its models and the rates of its devices.
 
     Attributes:
-        drafter: its shape; None for n-grams and for no drafter at all.
-        kind: how drafts come about.
+        drafter: None for n-grams, found by searching the context.
         devices: in the replica; weights, KV and compute are divided evenly among them.
     """
 
@@ -102,22 +100,8 @@ class Roofline(StepModel):
     engine: Engine
     precision: Precision
     kv_precision: Precision = "bf16"
-    drafter: ModelShape | None = None
-    kind: DrafterKind = "eagle3"
+    drafter: DrafterShape | None = None
     devices: int = 1
-    _extra_draft_weights: int = field(init=False, default=0)
-
-    def __post_init__(self) -> None:
-        extra = 0
-        if self.drafter and self.kind in {"eagle3", "mtp"}:
-            # Fusing the policy's states (three for eagle3; the embedding and one for mtp), and for
-            # eagle3 an attention that reads the embedding beside the state.
-            states = 3 if self.kind == "eagle3" else 2
-            extra = states * self.drafter.hidden_size**2
-            if self.kind == "eagle3":
-                inner = self.drafter.heads + 2 * self.drafter.kv_heads
-                extra += self.drafter.hidden_size * self.drafter.head_dim * inner
-        object.__setattr__(self, "_extra_draft_weights", extra)
 
     def parts(self, batch: Any, context: Any, k: Any) -> dict[str, Array]:
         """Seconds of each part of a step."""
@@ -148,22 +132,23 @@ class Roofline(StepModel):
     @property
     def kv_bytes(self) -> float:
         """Bytes that a token's KV takes on each device."""
+        return self._kv_bytes(self.policy)
+
+    def _kv_bytes(self, model: ModelShape) -> float:
         # A KV head is not divided: with more devices than heads, each is kept several times.
-        share = max(1.0 / self.devices, 1.0 / self.policy.kv_heads)
-        return self.policy.kv_width * BYTES[self.kv_precision] * share
+        share = max(1.0 / self.devices, 1.0 / model.kv_heads)
+        return model.kv_width * BYTES[self.kv_precision] * share
 
     def _weights(self, model: ModelShape, tokens: Array) -> Array:
-        experts = 0.0
+        weights = model.shared_weights + 0.0 * tokens
         if model.experts:
             untouched = (1 - model.experts_per_token / model.experts) ** tokens
-            experts = model.expert_weights * (1 - untouched)
-        size = (model.shared_weights + experts) * BYTES[self.precision]
-        return np.asarray(self.device.read_seconds(size / self.devices)) + 0.0 * tokens
+            weights = weights + model.expert_weights * (1 - untouched)
+        size = weights * BYTES[self.precision] / self.devices
+        return np.asarray(self.device.read_seconds(size))
 
     def _kv(self, model: ModelShape, tokens: Array) -> Array:
-        share = max(1.0 / self.devices, 1.0 / model.kv_heads)
-        size = model.kv_width * BYTES[self.kv_precision] * share * tokens
-        return np.asarray(self.device.read_seconds(size))
+        return np.asarray(self.device.read_seconds(self._kv_bytes(model) * tokens))
 
     def _compute(self, model: ModelShape, tokens: Any, context: Any) -> Array:
         attention = 4 * model.layers * model.heads * model.head_dim * context
@@ -184,50 +169,17 @@ class Roofline(StepModel):
         return np.where(tokens > self.engine.captured_tokens, launches, 0.0)
 
     def _drafting(self, batch: Array, context: Array, k: Array) -> Array:
-        if self.kind == "ngram":
-            return np.where(k > 0, self.engine.lookup * batch * context, 0.0)
         if self.drafter is None:
-            return 0.0 * batch * k
-        extra = self.device.read_seconds(
-            self._extra_draft_weights * BYTES[self.precision] / self.devices
-        )
+            return np.where(k > 0, self.engine.lookup * batch * context, 0.0)
+        model, fusing = self.drafter.model, self.drafter.fusing
         one_pass = (
             self.engine.draft
-            + extra
-            + self._weights(self.drafter, batch)
-            + self._kv(self.drafter, batch * context)
-            + self._communication(self.drafter, batch)
+            + self.device.read_seconds(fusing * BYTES[self.precision] / self.devices)
+            + self._weights(model, batch)
+            + self._kv(model, batch * context)
+            + self._communication(model, batch)
         )
         # The first pass takes in all k + 1 verified positions, each later one a token a request.
         tokens = batch * 2 * k
-        fused = 2 * self._extra_draft_weights * tokens / self.devices
-        compute = self._compute(self.drafter, tokens, context) + np.asarray(
-            self.device.compute_seconds(fused, self.precision)
-        )
-        return np.asarray(k * one_pass + compute)
-
-
-def drafter_shape(
-    kind: DrafterKind, policy: ModelShape, draft_vocab: int, model: ModelShape | None
-) -> ModelShape | None:
-    """The drafter that goes with a policy.
-
-    Args:
-        draft_vocab: rows of an eagle3 drafter's head.
-        model: the draft model's own shape; only for ``draft_model``.
-    """
-    if kind == "ngram":
-        return None
-    if kind == "draft_model":
-        return model
-    one_layer: dict[str, Any] = {"layers": 1}
-    if kind == "eagle3":
-        dense = policy.intermediate_size or 3 * policy.hidden_size
-        one_layer |= {
-            "vocab_size": draft_vocab,
-            "intermediate_size": dense,
-            "experts": 0,
-            "experts_per_token": 0,
-            "expert_intermediate_size": 0,
-        }
-    return policy.model_copy(update=one_layer)
+        fused = self.device.compute_seconds(2 * fusing * tokens / self.devices, self.precision)
+        return np.asarray(k * one_pass + self._compute(model, tokens, context) + fused)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
 import yaml
@@ -22,8 +22,7 @@ from drafttrain.control.economics import EngineCost
 from drafttrain.errors import ConfigError
 from drafttrain.simulator.acceptance import Acceptance
 from drafttrain.simulator.hardware import DeviceChoice, Engine, Precision, lookup
-from drafttrain.simulator.models import Model
-from drafttrain.simulator.roofline import DrafterKind
+from drafttrain.simulator.models import DrafterKind, Model
 
 DATA = files("drafttrain.simulator")
 
@@ -197,6 +196,14 @@ class Scenario(Section):
         if not self.pipeline.lag and self.cluster.generation_gpus == "best":
             raise ValueError("generation_gpus: best is for pipeline.lag of 1 or more")
         return self
+
+
+_Section = TypeVar("_Section", bound=Section)
+
+
+def changed(section: _Section, **changes: Any) -> _Section:
+    """A copy of a part of the configuration with some fields changed."""
+    return section.model_copy(update=changes)
 
 
 def load_scenario(path: str | Path) -> Scenario:

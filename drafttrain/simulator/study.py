@@ -13,7 +13,6 @@ from drafttrain.simulator.acceptance import Acceptance
 from drafttrain.simulator.pipeline import (
     Comparison,
     RunningStep,
-    changed,
     compare,
     mean_context,
     run_step,
@@ -21,7 +20,7 @@ from drafttrain.simulator.pipeline import (
     step_model,
 )
 from drafttrain.simulator.roofline import AtContext
-from drafttrain.simulator.scenario import Scenario
+from drafttrain.simulator.scenario import Scenario, changed
 
 GRID_K = (1, 2, 3, 5, 7)
 GRID_ACCEPTANCE = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -175,7 +174,9 @@ def _improved(scenario: Scenario, loss: float) -> Iterable[tuple[str, Scenario, 
     cluster, engine, pipeline = scenario.cluster, scenario.engine, scenario.pipeline
 
     def device(**changes: Any) -> Scenario:
-        return changed(scenario, cluster=changed(cluster, device=changed(cluster.device, **changes)))
+        return changed(
+            scenario, cluster=changed(cluster, device=changed(cluster.device, **changes))
+        )
 
     def software(**changes: float) -> Scenario:
         return changed(scenario, engine=changed(engine, **changes))
