@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -44,10 +44,12 @@ def test_a_scenario_of_ones_own(tmp_path: Path) -> None:
 
 
 def test_the_largest_preset_answers_in_ten_seconds() -> None:
-    start = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = call("--preset", "235b-2048")
     assert result.returncode == 0, result.stderr
-    assert time.perf_counter() - start < 10
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Computing time: what the clock says depends on who else uses the machine.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
     for said in ("generating GPUs", "rollouts", "20% better", "pays", "Assumed", "by batch"):
         assert said in result.stdout
 
