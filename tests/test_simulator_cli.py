@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from drafttrain.control.economics import EngineCost
 from drafttrain.errors import ConfigError
 from drafttrain.simulator.report import as_json, assumptions, print_study
 from drafttrain.simulator.scenario import load_preset, load_scenario, parse_scenario, presets
@@ -94,6 +95,7 @@ def test_an_engines_own_timings_replace_the_roofline() -> None:
         ("cluster: {device: h100, gpus: 8, generation_gpus: 9}", "cluster", "9 of 8"),
         ("cluster: {device: h100, gpus: 4, tensor_parallel: 8}", "cluster", "8 of 4"),
         ("cluster: {device: h100, gpus: 8, generation_gpus: best}", "file", "lag"),
+        ("policy: qwen3-235b-a22b", "file", "469 GB of weights"),
         ("pipeline: {lag: 1}", "file", "generation_gpus"),
         ("pipeline: {train_gpu_seconds: gpt}", "pipeline.train_gpu_seconds", "qwen3-235b"),
         ("workload: {prompts: 8, responses: {median: -1}}", "workload.responses.median", "greater"),
@@ -130,6 +132,22 @@ def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
     assert len(result.stderr.strip().splitlines()) == 1
     with pytest.raises(ConfigError):
         load_scenario(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = call("--calibration", "--out", tmp_path / "file" / "plots")
+    assert result.returncode == 2
+    assert "--out" in result.stderr
+
+
+def test_an_engines_timings_are_read_from_their_file(tmp_path: Path) -> None:
+    cost = EngineCost(step=0.01, token=0.0, draft=0.0, draft_token=0.0)
+    cost.save(tmp_path / "cost.json")
+    text = f"{SCENARIO}engine_cost: {tmp_path / 'cost.json'}\n"
+    assert parse_scenario(text, "job").engine_cost == cost
+    with pytest.raises(ConfigError, match=r"other\.json"):
+        parse_scenario(f"{SCENARIO}engine_cost: {tmp_path / 'other.json'}\n", "job")
 
 
 def test_an_unknown_preset_names_the_known() -> None:

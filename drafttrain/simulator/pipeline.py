@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -141,22 +142,21 @@ def run_step(scenario: Scenario, k: int | None, loss: float = 0.0) -> RunningSte
     if cluster.generation_gpus == "best":
         return _best_division(scenario, k, loss)
     generation_gpus = cluster.gpus if cluster.generation_gpus == "all" else cluster.generation_gpus
-    training_gpus = cluster.gpus - generation_gpus or cluster.gpus
-    stages = _stages(scenario, training_gpus)
+    stages = _stages(scenario, cluster.gpus - generation_gpus or cluster.gpus)
     replicas = generation_gpus // cluster.tensor_parallel
     lengths = _lengths(scenario, replicas)
     model = step_model(scenario)
     speculation = _speculation(scenario, model, lengths, k, loss)
     fleet = Fleet(model, speculation, len(lengths), scenario.workload.prompt_tokens)
     run = _synchronous if scenario.pipeline.lag == 0 else _overlapping
-    seconds, generation, exposed, steps = run(scenario, fleet, lengths, sum(stages.values()))
+    course = run(scenario, fleet, lengths, sum(stages.values()))
     workload = scenario.workload
     return RunningStep(
-        seconds=seconds,
-        generation=generation,
-        exposed=exposed,
+        seconds=course.seconds,
+        generation=course.generation,
+        exposed=course.exposed,
         stages=stages,
-        parts={name: total / steps for name, total in fleet.parts.items()},
+        parts={name: total / course.steps for name, total in fleet.parts.items()},
         tokens=float(lengths.mean()) * workload.prompts * workload.samples,
         acceptance_length=fleet.tokens / fleet.request_steps,
         generation_gpus=generation_gpus,
@@ -222,17 +222,26 @@ def _stages(scenario: Scenario, gpus: int) -> dict[str, float]:
     }
 
 
+class _Course(NamedTuple):
+    """How a run went: the first three as in :class:`RunningStep`, and the steps it took."""
+
+    seconds: float
+    generation: float
+    exposed: float
+    steps: int
+
+
 def _synchronous(
     scenario: Scenario, fleet: Fleet, lengths: NDArray[np.float64], other: float
-) -> tuple[float, float, float, int]:
+) -> _Course:
     fleet.submit(lengths, at=0.0, prefill_share=1 / scenario.workload.samples)
     generation = fleet.complete(lengths.shape[1])
-    return other + generation, generation, generation, 1
+    return _Course(other + generation, generation, generation, steps=1)
 
 
 def _overlapping(
     scenario: Scenario, fleet: Fleet, lengths: NDArray[np.float64], other: float
-) -> tuple[float, float, float, int]:
+) -> _Course:
     lag, requests = scenario.pipeline.lag, lengths.shape[1]
     rng = np.random.default_rng(1)
     started: list[float] = []
@@ -254,7 +263,7 @@ def _overlapping(
         dispatch(version)
     seconds = (versions[-1] - versions[-1 - counted]) / counted
     generation, exposed = np.mean(generations[-counted:]), np.mean(waits[-counted:])
-    return seconds, float(generation), float(exposed), 2 * counted
+    return _Course(seconds, float(generation), float(exposed), steps=2 * counted)
 
 
 def _without_training(scenario: Scenario, generation_gpus: int) -> Scenario:

@@ -10,15 +10,16 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from drafttrain.errors import InputError
 from drafttrain.simulator.calibration import Prediction
 from drafttrain.simulator.study import GRID_ACCEPTANCE, GRID_K, Study
 
 
-def plot_study(study: Study, folder: Path) -> list[Path]:
-    """Write ``simulation.png``; returns what was written.
+def plot_study(study: Study, folder: Path) -> Path:
+    """Write ``simulation.png``; returns its path.
 
     Raises:
-        OSError: the folder cannot be written.
+        InputError: the folder cannot be written.
     """
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), constrained_layout=True)
     figure.suptitle(study.scenario.title)
@@ -26,14 +27,14 @@ def plot_study(study: Study, folder: Path) -> list[Path]:
     _plot_by_k(axes[0, 1], study)
     _plot_grid(axes[1, 0], study)
     _plot_online(axes[1, 1], study)
-    return [_save(folder / "simulation.png")]
+    return _save(folder / "simulation.png")
 
 
-def plot_calibration(predictions: list[Prediction], folder: Path) -> list[Path]:
-    """Write ``calibration.png``; returns what was written.
+def plot_calibration(predictions: list[Prediction], folder: Path) -> Path:
+    """Write ``calibration.png``; returns its path.
 
     Raises:
-        OSError: the folder cannot be written.
+        InputError: the folder cannot be written.
     """
     _, axes = plt.subplots(figsize=(6, 6), constrained_layout=True)
     speedups = [p for p in predictions if p.figure.quantity != "step_seconds"]
@@ -46,13 +47,17 @@ def plot_calibration(predictions: list[Prediction], folder: Path) -> list[Path]:
     axes.fill_between(ends, [e * 0.9 for e in ends], [e * 1.1 for e in ends], alpha=0.15)
     axes.set(xlabel="published speedup", ylabel="simulated speedup (band: ±10%)")
     axes.legend()
-    return [_save(folder / "calibration.png")]
+    return _save(folder / "calibration.png")
 
 
 def _save(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    plt.savefig(path, dpi=110)
-    plt.close()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        plt.savefig(path, dpi=110)
+    except OSError as error:
+        raise InputError(path, "--out", f"cannot be written: {error.strerror}") from error
+    finally:
+        plt.close()
     return path
 
 

@@ -21,7 +21,7 @@ from drafttrain.config import Fraction, Section, explain
 from drafttrain.control.economics import EngineCost
 from drafttrain.errors import ConfigError
 from drafttrain.simulator.acceptance import Acceptance
-from drafttrain.simulator.hardware import DeviceChoice, Engine, Precision, lookup
+from drafttrain.simulator.hardware import BYTES, DeviceChoice, Engine, Precision, lookup
 from drafttrain.simulator.models import DrafterKind, Model
 
 DATA = files("drafttrain.simulator")
@@ -94,7 +94,7 @@ class Cluster(Section):
         most = self.gpus if isinstance(generation, str) else generation
         if most > self.gpus:
             raise ValueError(f"generation_gpus: {most} of {self.gpus}")
-        if most < self.tensor_parallel:
+        if most < self.tensor_parallel * (2 if generation == "best" else 1):
             raise ValueError(f"tensor_parallel: {self.tensor_parallel} of {most} devices")
         return self
 
@@ -176,7 +176,8 @@ class Scenario(Section):
     engine: Engine
     """``vllm``, ``ideal``, or the constants."""
     engine_cost: EngineCost | None = None
-    """A step as fitted from an engine's own timings; replaces the roofline."""
+    """A step as fitted from an engine's own timings, or the file that ``EngineCost.save`` wrote;
+    replaces the roofline."""
     cluster: Cluster
     workload: Workload
     drafter: DrafterConfig
@@ -188,13 +189,27 @@ class Scenario(Section):
     def _engine_by_name(cls, value: Any) -> Any:
         return lookup(_engines(), "engine", value)
 
+    @field_validator("engine_cost", mode="before")
+    @classmethod
+    def _cost_by_file(cls, value: Any) -> Any:
+        return EngineCost.load(value) if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        shared = self.cluster.generation_gpus == "all"
-        if self.pipeline.lag and shared:
-            raise ValueError("pipeline.lag: needs generation_gpus; shared devices cannot overlap")
-        if not self.pipeline.lag and self.cluster.generation_gpus == "best":
+        cluster, lag = self.cluster, self.pipeline.lag
+        if lag and cluster.generation_gpus in ("all", cluster.gpus):
+            raise ValueError(
+                "pipeline.lag: needs devices of its own for training; see generation_gpus"
+            )
+        if not lag and cluster.generation_gpus == "best":
             raise ValueError("generation_gpus: best is for pipeline.lag of 1 or more")
+        weights = self.policy.shared_weights + self.policy.expert_weights
+        each = weights * BYTES[cluster.precision] / cluster.tensor_parallel
+        if self.engine_cost is None and each >= cluster.device.memory * cluster.memory_for_kv:
+            problem = (
+                f"{each / 1e9:.0f} GB of weights on each device leave no room for the KV cache"
+            )
+            raise ValueError(f"cluster.tensor_parallel: {problem}")
         return self
 
 
