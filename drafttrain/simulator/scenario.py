@@ -195,20 +195,21 @@ class Scenario(Section):
         return EngineCost.load(value) if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _whole(self) -> Self:
+    def _overlaps(self) -> Self:
         cluster, lag = self.cluster, self.pipeline.lag
         if lag and cluster.generation_gpus in ("all", cluster.gpus):
-            raise ValueError(
-                "pipeline.lag: needs devices of its own for training; see generation_gpus"
-            )
+            raise ValueError("pipeline.lag: needs generation_gpus that leave some for training")
         if not lag and cluster.generation_gpus == "best":
             raise ValueError("generation_gpus: best is for pipeline.lag of 1 or more")
+        return self
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        cluster = self.cluster
         weights = self.policy.shared_weights + self.policy.expert_weights
         each = weights * BYTES[cluster.precision] / cluster.tensor_parallel
         if self.engine_cost is None and each >= cluster.device.memory * cluster.memory_for_kv:
-            problem = (
-                f"{each / 1e9:.0f} GB of weights on each device leave no room for the KV cache"
-            )
+            problem = f"{each / 1e9:.0f} GB of weights on each device leave no room for KV"
             raise ValueError(f"cluster.tensor_parallel: {problem}")
         return self
 
