@@ -252,6 +252,22 @@ def test_break_even_is_where_the_grid_changes_sides(answers: Any) -> None:
     assert answers.comparison.generation_speedup > 1
 
 
+def test_kinds_are_told_apart_by_what_they_cost(answers: Any) -> None:
+    kinds = {kind.name: kind for kind in answers.kinds}
+    assert kinds["eagle3"].step_speedup == pytest.approx(answers.comparison.step_speedup)
+    # The multi-token prediction layer has the whole vocabulary to score, an eagle3 drafter part.
+    assert kinds["eagle3"].break_even_acceptance < kinds["mtp"].break_even_acceptance
+
+
+def test_where_k_stops_paying() -> None:
+    # Beyond 128 requests three drafts leave the captured graphs.
+    crowded = study(small(workload__responses={"median": 50, "spread": 0.0}))
+    assert crowded.pays[0] == (1, 128)
+    assert len(crowded.pays) > 1  # where no graph serves a step without drafts either, they pay
+    hopeless = study(small(drafter={"acceptance": {"constant": 0.01}}))
+    assert hopeless.pays == []
+
+
 def test_best_k_covers_every_batch_once(answers: Any) -> None:
     ends = [0]
     for first, last, _ in answers.best_k:

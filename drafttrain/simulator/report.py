@@ -33,8 +33,11 @@ def as_json(study: Study) -> dict[str, Any]:
         "sensitivity": [asdict(entry) for entry in study.sensitivity],
         "best_k": [list(entry) for entry in study.best_k],
         "break_even_acceptance": study.break_even_acceptance,
-        "break_even_batch": study.break_even_batch,
+        "break_even_batch": study.pays[0][1] if study.pays else 0,
+        "pays": [list(entry) for entry in study.pays],
         "batch": study.batch,
+        "fits": study.fits,
+        "kinds": [asdict(kind) for kind in study.kinds],
         "online": asdict(study.online),
         "assumptions": list(assumptions(study.scenario)),
     }
@@ -73,6 +76,8 @@ def print_study(study: Study) -> None:
     console.print(_parts(comparison))
     console.print(_by_k(study))
     console.print(_grid(study))
+    if study.kinds:
+        console.print(_kinds(study))
     console.print(_sensitivity(study))
     for line in _break_even(study):
         console.print(line)
@@ -210,6 +215,15 @@ def _grid(study: Study) -> Table:
     return table
 
 
+def _kinds(study: Study) -> Table:
+    table = Table("at the same acceptance", "rollouts", "RL step", "pays from an acceptance of")
+    for kind in study.kinds:
+        needed = kind.break_even_acceptance
+        speedups = (f"{value:.2f}x" for value in (kind.generation_speedup, kind.step_speedup))
+        table.add_row(kind.name, *speedups, "never" if needed is None else f"{needed:.2f}")
+    return table
+
+
 def _sensitivity(study: Study) -> Table:
     table = Table(f"a thing {BETTER:.0%} better", "shortens the RL step by")
     for entry in study.sensitivity:
@@ -224,8 +238,8 @@ def _break_even(study: Study) -> Iterable[str]:
         yield f"k = {k} never pays {at}, whatever the drafter"
     else:
         yield f"k = {k} pays {at} once each draft is accepted with a chance of {chance:.2f}"
-    if study.break_even_batch is not None:
-        yield f"with this drafter k = {k} pays up to a running batch of {study.break_even_batch}"
+    pays = ", ".join(f"{first} to {last}" for first, last in study.pays) or "none"
+    yield f"with this drafter k = {k} pays at running batches of: {pays} ({study.fits} fit)"
     ranges = ", ".join(f"({first}, {last}, {best})" for first, last, best in study.best_k)
     yield f"best (from batch, to batch, k): {ranges}"
     online = study.online

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from drafttrain.simulator.acceptance import Acceptance
+from drafttrain.simulator.models import DrafterKind
 from drafttrain.simulator.pipeline import (
     Comparison,
     RunningStep,
@@ -24,6 +25,8 @@ from drafttrain.simulator.scenario import Scenario, changed
 
 GRID_K = (1, 2, 3, 5, 7)
 GRID_ACCEPTANCE = (0.5, 0.6, 0.7, 0.8, 0.9)
+# Kinds of drafters that need nothing but the policy to be described.
+DRAFTS_OF_ITS_OWN: tuple[DrafterKind, ...] = ("eagle3", "mtp", "ngram")
 # How much better each thing becomes in the sensitivity.
 BETTER = 0.2
 
@@ -49,6 +52,20 @@ class Sensitivity:
 
     what: str
     saved: float
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of drafter at the scenario's k and acceptance.
+
+    Attributes:
+        break_even_acceptance: as in :class:`Study`.
+    """
+
+    name: DrafterKind
+    generation_speedup: float
+    step_speedup: float
+    break_even_acceptance: float | None
 
 
 @dataclass(frozen=True)
@@ -79,8 +96,10 @@ class Study:
         best_k: (smallest batch, largest batch, k), covering every batch of a replica.
         break_even_acceptance: chance of each draft at which the scenario's k pays at the engine's
             starting batch; None when nothing would.
-        break_even_batch: largest running batch of a replica at which the scenario's k pays; None
-            when it pays at none, or at all that fit.
+        pays: (smallest, largest) running batch of a replica between which the scenario's k pays.
+        batch: running requests of a replica at first.
+        fits: most that a replica can run at once.
+        kinds: other kinds of drafters, at the same acceptance.
     """
 
     scenario: Scenario
@@ -91,9 +110,11 @@ class Study:
     sensitivity: list[Sensitivity]
     best_k: list[tuple[int, int, int]]
     break_even_acceptance: float | None
-    break_even_batch: int | None
+    pays: list[tuple[int, int]]
     batch: int
+    fits: int
     online: Online
+    kinds: list[Kind]
 
 
 def study(scenario: Scenario) -> Study:
@@ -117,9 +138,17 @@ def study(scenario: Scenario) -> Study:
         sensitivity=_sensitivities(pinned, loss),
         best_k=_ranges(cost.best_k(b, accepted) for b in range(1, fits + 1)),
         break_even_acceptance=cost.break_even_acceptance(batch, k),
-        break_even_batch=_break_even_batch(lambda b: cost.speedup(b, k, accepted), fits),
+        pays=[
+            (first, last)
+            for first, last, gains in _ranges(
+                cost.speedup(b, k, accepted) > 1.0 for b in range(1, fits + 1)
+            )
+            if gains
+        ],
         batch=batch,
+        fits=fits,
         online=_online(pinned, comparison.baseline),
+        kinds=list(_kinds(pinned, comparison, batch, loss)),
     )
 
 
@@ -144,18 +173,24 @@ def _grid(scenario: Scenario, known: Comparison) -> Iterable[Cell]:
             yield Cell(k, chance, cell.generation_speedup, cell.step_speedup)
 
 
-def _ranges(best: Iterable[int]) -> list[tuple[int, int, int]]:
-    """Runs of equal k over batches 1, 2, ...: (first batch, last batch, k)."""
+def _ranges(by_batch: Iterable[int]) -> list[tuple[int, int, int]]:
+    """Runs of equal values over batches 1, 2, ...: (first batch, last batch, value)."""
     ranges = []
-    for k, run in groupby(enumerate(best, start=1), key=lambda entry: entry[1]):
+    for value, run in groupby(enumerate(by_batch, start=1), key=lambda entry: entry[1]):
         batches = [batch for batch, _ in run]
-        ranges.append((batches[0], batches[-1], k))
+        ranges.append((batches[0], batches[-1], value))
     return ranges
 
 
-def _break_even_batch(speedup: Callable[[int], float], most: int) -> int | None:
-    pays = [batch for batch in range(1, most + 1) if speedup(batch) >= 1.0]
-    return pays[-1] if pays and pays[-1] < most else None
+def _kinds(scenario: Scenario, known: Comparison, batch: int, loss: float) -> Iterable[Kind]:
+    if scenario.engine_cost is not None:
+        return
+    k, context = scenario.drafter.k, mean_context(scenario)
+    for name in DRAFTS_OF_ITS_OWN:
+        other = changed(scenario, drafter=changed(scenario.drafter, kind=name))
+        cell = compare(other, k, loss, known)
+        needed = AtContext(step_model(other), context).break_even_acceptance(batch, k)
+        yield Kind(name, cell.generation_speedup, cell.step_speedup, needed)
 
 
 def _sensitivities(scenario: Scenario, loss: float) -> list[Sensitivity]:
@@ -197,7 +232,7 @@ def _improved(scenario: Scenario, loss: float) -> Iterable[tuple[str, Scenario, 
     }
     faster = changed(pipeline, training_efficiency=pipeline.training_efficiency * more, **stages)
     yield "stages other than generation", changed(scenario, pipeline=faster), loss
-    yield "drafts rejected", _fewer_rejections(scenario), loss
+    yield "drafts rejected", _fewer_rejections(scenario, loss), 0.0
     responses = scenario.workload.responses
     if responses.measured is None:
         shorter = changed(responses, cap=max(1, int(responses.cap * less)))
@@ -205,12 +240,11 @@ def _improved(scenario: Scenario, loss: float) -> Iterable[tuple[str, Scenario, 
         yield "longest responses (cap)", changed(scenario, workload=workload), loss
 
 
-def _fewer_rejections(scenario: Scenario) -> Scenario:
+def _fewer_rejections(scenario: Scenario, loss: float) -> Scenario:
     """A fifth fewer rejections at every position."""
-    acceptance, k = scenario.drafter.acceptance, scenario.drafter.k
-    conditional = 1.0 - (1.0 - acceptance.conditional(k)) * (1.0 - BETTER)
-    survive = np.minimum(np.cumprod(conditional), 1.0)
-    better = Acceptance(per_position=tuple(survive.tolist()), drift=acceptance.drift)
+    chances = scenario.drafter.acceptance.conditional(scenario.drafter.k) * (1.0 - loss)
+    survive = np.minimum(np.cumprod(1.0 - (1.0 - chances) * (1.0 - BETTER)), 1.0)
+    better = Acceptance(per_position=tuple(survive.tolist()))
     return changed(scenario, drafter=changed(scenario.drafter, acceptance=better))
 
 
