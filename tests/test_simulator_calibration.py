@@ -54,8 +54,6 @@ def test_what_is_not_explained_is_where_the_documentation_says(
     assert far == {
         "RL-Think UltraChat drafter k=3",
         "RL-Think UltraChat drafter online k=3",
-        "RL-Think async exposed generation without speculation (s)",
-        "RL-Think async exposed generation with EAGLE-3 k=3 (s)",
     }
 
 

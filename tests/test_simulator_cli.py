@@ -76,6 +76,15 @@ def test_what_a_person_reads_is_what_a_machine_reads(capsys: pytest.CaptureFixtu
     assert f"{as_json(result)['step_speedup']:.2f}x" in capsys.readouterr().out
 
 
+def test_some_constants_of_a_known_engine_are_changed() -> None:
+    kept = SCENARIO.replace("engine: vllm", "engine: {like: vllm, captured_tokens: 1024}")
+    engine = parse_scenario(kept, "job").engine
+    known = parse_scenario(SCENARIO, "job").engine
+    assert engine == known.model_copy(update={"captured_tokens": 1024})
+    with pytest.raises(ConfigError, match="hst: unknown key"):
+        parse_scenario(kept.replace("captured_tokens", "hst"), "job")
+
+
 def test_an_engines_own_timings_replace_the_roofline() -> None:
     text = SCENARIO + "engine_cost: {step: 0.01, token: 0.0, draft: 0.0, draft_token: 0.0}\n"
     answers = as_json(study(parse_scenario(text, "job")))

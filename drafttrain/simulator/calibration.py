@@ -27,7 +27,7 @@ from drafttrain.simulator.models import DrafterKind
 from drafttrain.simulator.pipeline import Comparison, compare
 from drafttrain.simulator.scenario import DATA, Scenario, changed, load_preset
 
-Quantity = Literal["generation_speedup", "step_seconds", "step_speedup", "exposed_seconds"]
+Quantity = Literal["generation_speedup", "step_seconds", "step_speedup"]
 
 
 class Figure(Section):
@@ -130,8 +130,6 @@ def _answer(figure: Figure, comparison: Comparison) -> float:
         return comparison.generation_speedup
     if figure.quantity == "step_speedup":
         return comparison.step_speedup
-    if figure.quantity == "exposed_seconds":
-        return comparison.speculation.exposed
     return comparison.speculation.seconds
 
 

@@ -96,12 +96,20 @@ class Engine(Section):
 
 
 def lookup(table: dict[str, Any], what: str, value: Any) -> Any:
-    """The entry of `table` when `value` is a name, else the value itself."""
-    if isinstance(value, str):
-        if value not in table:
-            raise ValueError(f"unknown {what}; known: {', '.join(table)}")
-        return table[value]
-    return value
+    """The entry of `table` when `value` is its name; anything else is the value itself.
+
+    With ``{like: name, field: ...}`` it is the entry of that name with some fields changed.
+    """
+    if isinstance(value, dict) and "like" in value:
+        known = lookup(table, what, value["like"])
+        if isinstance(known, Section):
+            changes = {field: given for field, given in value.items() if field != "like"}
+            return {**known.model_dump(), **changes}
+    if not isinstance(value, str):
+        return value
+    if value not in table:
+        raise ValueError(f"unknown {what}; known: {', '.join(table)}")
+    return table[value]
 
 
 DeviceChoice = Annotated[Device, BeforeValidator(lambda value: lookup(DEVICES, "device", value))]

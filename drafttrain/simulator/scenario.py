@@ -174,7 +174,7 @@ class Scenario(Section):
     title: str = ""
     policy: Model
     engine: Engine
-    """``vllm``, ``ideal``, or the constants."""
+    """``vllm``, ``ideal``, the constants, or ``{like: vllm, captured_tokens: 1024}``."""
     engine_cost: EngineCost | None = None
     """A step as fitted from an engine's own timings, or the file that ``EngineCost.save`` wrote;
     replaces the roofline."""

@@ -25,8 +25,8 @@ from drafttrain.simulator.scenario import Scenario, changed
 
 GRID_K = (1, 2, 3, 5, 7)
 GRID_ACCEPTANCE = (0.5, 0.6, 0.7, 0.8, 0.9)
-# Kinds of drafters that need nothing but the policy to be described.
-DRAFTS_OF_ITS_OWN: tuple[DrafterKind, ...] = ("eagle3", "mtp", "ngram")
+# Kinds of drafters whose size follows from the policy.
+KINDS: tuple[DrafterKind, ...] = ("eagle3", "mtp", "ngram")
 # How much better each thing becomes in the sensitivity.
 BETTER = 0.2
 
@@ -186,7 +186,7 @@ def _kinds(scenario: Scenario, known: Comparison, batch: int, loss: float) -> It
     if scenario.engine_cost is not None:
         return
     k, context = scenario.drafter.k, mean_context(scenario)
-    for name in DRAFTS_OF_ITS_OWN:
+    for name in KINDS:
         other = changed(scenario, drafter=changed(scenario.drafter, kind=name))
         cell = compare(other, k, loss, known)
         needed = AtContext(step_model(other), context).break_even_acceptance(batch, k)
