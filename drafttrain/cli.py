@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_training(commands)
     _add_checkpoints(commands)
     _add_engines(commands)
+    _add_simulate(commands)
     return parser
 
 
@@ -175,6 +176,20 @@ def _add_engines(commands: Any) -> None:
             command.add_argument("--registry", type=Path, required=True)
         if name == "swap":
             command.add_argument("--version", type=int, help="default: the latest")
+
+
+def _add_simulate(commands: Any) -> None:
+    text = "what speculation would bring to an RL job: how much, with which k, and what limits it"
+    simulate = _command(commands, "simulate", _simulate, text)
+    what = simulate.add_mutually_exclusive_group(required=True)
+    what.add_argument("config", type=Path, nargs="?", metavar="CONFIG.yaml")
+    what.add_argument("--preset", metavar="NAME", help="a scenario that comes with drafttrain")
+    what.add_argument("--list-presets", action="store_true")
+    what.add_argument(
+        "--calibration", action="store_true", help="every published figure beside the simulator's"
+    )
+    simulate.add_argument("--out", type=Path, help="folder for plots")
+    simulate.add_argument("--json", action="store_true")
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -338,6 +353,46 @@ def _sidecar(options: argparse.Namespace) -> None:
     token = read_token(config.token_file)
     engines = [EngineClient(url, token) for url in config.engines]
     run_until_signal(Sidecar(config, engines))
+
+
+def _simulate(options: argparse.Namespace) -> None:
+    from drafttrain.simulator.scenario import load_preset, load_scenario, presets
+
+    if options.list_presets:
+        names = {name: load_preset(name).title for name in presets()}
+        lines = "\n".join(f"{name:20} {title}" for name, title in names.items())
+        return _print_result(options.json, names, lines)
+    if options.calibration:
+        return _calibration(options)
+    scenario = load_preset(options.preset) if options.preset else load_scenario(options.config)
+
+    from drafttrain.simulator.report import as_json, print_study
+    from drafttrain.simulator.study import study
+
+    result = study(scenario)
+    if options.json:
+        print(json.dumps(as_json(result)))
+    else:
+        print_study(result)
+    if options.out:
+        from drafttrain.simulator.plots import plot_study
+
+        plot_study(result, options.out)
+
+
+def _calibration(options: argparse.Namespace) -> None:
+    from drafttrain.simulator.calibration import figures, predict
+    from drafttrain.simulator.report import calibration_json, print_calibration
+
+    predictions = predict(figures())
+    if options.json:
+        print(json.dumps(calibration_json(predictions)))
+    else:
+        print_calibration(predictions)
+    if options.out:
+        from drafttrain.simulator.plots import plot_calibration
+
+        plot_calibration(predictions, options.out)
 
 
 def _verify(options: argparse.Namespace) -> None:

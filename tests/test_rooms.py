@@ -26,7 +26,11 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "rollouts": (FOUNDATION, TORCH | {"pyarrow", "msgpack", "jinja2"}),
     "drafters": (DATA, TORCH | {"transformers", "peft"}),
     "training": (LEARNING, TORCH | {"transformers", "accelerate"}),
-    "control": (LEARNING, TORCH),
+    "control": (LEARNING, TORCH | {"scipy"}),
+    "simulator": (
+        LEARNING | {"control"},
+        {"numpy", "scipy", "pydantic", "yaml", "rich", "matplotlib"},
+    ),
     "telemetry": (FOUNDATION, set()),
     "publishing": (LOOPS, TORCH),
     "opening": (LOOPS, TORCH),
@@ -97,6 +101,12 @@ def test_the_plugin_loads_no_trainer() -> None:
     assert not {
         name for name in modules if name.startswith(tuple(f"drafttrain.{h}" for h in heavy))
     }
+
+
+def test_the_simulator_answers_without_torch() -> None:
+    modules = loaded_by("import drafttrain.simulator.study, drafttrain.simulator.report")
+    assert "drafttrain.control.economics" in modules
+    assert not modules & {"torch", "transformers", "vllm", "matplotlib"}
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -1,0 +1,267 @@
+"""What a user describes: policy, cluster, rollouts, drafter and pipeline, in one YAML file.
+
+Unknown keys are refused. Times are seconds, sizes bytes, lengths tokens, unless a field says
+otherwise.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError, field_validator, model_validator
+from scipy.stats import norm
+
+from drafttrain.config import Fraction, Section, explain
+from drafttrain.control.economics import EngineCost
+from drafttrain.errors import ConfigError
+from drafttrain.simulator.acceptance import Acceptance
+from drafttrain.simulator.hardware import BYTES, DeviceChoice, Engine, Precision, lookup
+from drafttrain.simulator.models import DrafterKind, Model
+
+DATA = files("drafttrain.simulator")
+
+
+class Responses(Section):
+    """Response lengths: log-normal up to a cap, at which generation stops, or as measured."""
+
+    median: float = Field(1000.0, gt=0)
+    """Median length if there were no cap."""
+    spread: float = Field(0.6, ge=0)
+    """Standard deviation of the logarithm; 0: all alike. Above 1 the tail is heavy."""
+    cap: int = Field(1 << 20, ge=1)
+    """The most tokens a response may have."""
+    measured: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    """Lengths of recorded responses, used instead."""
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Self:
+        if self.measured is not None and not self.measured:
+            raise ValueError("measured is empty")
+        return self
+
+    def sample(self, count: int) -> NDArray[np.float64]:
+        """`count` lengths at evenly spaced quantiles, ascending; the same at every call."""
+        quantiles = (np.arange(count) + 0.5) / count
+        if self.measured is not None:
+            lengths = np.quantile(self.measured, quantiles, method="inverted_cdf")
+        else:
+            lengths = self.median * np.exp(self.spread * norm.ppf(quantiles))
+        return np.clip(lengths, 1.0, self.cap)
+
+
+@cache
+def calibration() -> dict[str, Any]:
+    """What ``calibration.yaml`` holds: fitted constants, by name."""
+    document: dict[str, Any] = yaml.safe_load((DATA / "calibration.yaml").read_text())
+    return document
+
+
+def _engines() -> dict[str, Any]:
+    return {"vllm": Engine(**calibration()["engines"]["vllm"]), "ideal": Engine()}
+
+
+def _responses() -> dict[str, Any]:
+    return {name: Responses(**given) for name, given in calibration()["responses"].items()}
+
+
+class Cluster(Section):
+    """Devices and how they are divided."""
+
+    device: DeviceChoice
+    gpus: int = Field(ge=1)
+    tensor_parallel: int = Field(1, ge=1)
+    """Devices in one replica of the engine; an MoE's experts are divided among them too."""
+    generation_gpus: int | Literal["all", "best"] = "all"
+    """Devices that generate: "all" when engines and trainer share them; a number, the others train;
+    "best": the division with the shortest step, found for each way of drafting by itself."""
+    precision: Precision = "bf16"
+    """Of the policy's weights and their arithmetic during generation."""
+    kv_precision: Precision = "bf16"
+    memory_for_kv: Fraction = 0.85
+    """Part of the memory that weights and KV cache may fill together."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.precision not in self.device.flops:
+            raise ValueError(f"precision: the device has no {self.precision} rate")
+        generation = self.generation_gpus
+        most = self.gpus if isinstance(generation, str) else generation
+        if most > self.gpus:
+            raise ValueError(f"generation_gpus: {most} of {self.gpus}")
+        if most < self.tensor_parallel * (2 if generation == "best" else 1):
+            raise ValueError(f"tensor_parallel: {self.tensor_parallel} of {most} devices")
+        return self
+
+
+class Workload(Section):
+    """The rollouts of one RL step."""
+
+    prompts: int = Field(ge=1)
+    samples: int = Field(8, ge=1)
+    """Responses to each prompt: the prompt group's size."""
+    prompt_tokens: int = Field(200, ge=0)
+    responses: Responses = Responses()
+    slots: int = Field(1024, ge=1)
+    """Most requests that run at once in a replica (the engine's ``max_num_seqs``)."""
+
+    @field_validator("responses", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return lookup(_responses(), "response lengths", value)
+
+
+class DrafterConfig(Section):
+    """How drafts come about, and how many."""
+
+    kind: DrafterKind = "eagle3"
+    k: int = Field(3, ge=1, le=16)
+    acceptance: Acceptance
+    draft_vocab: int = Field(32000, ge=2)
+    """Rows of an eagle3 drafter's head."""
+    model: Model | None = None
+    """The draft model, for kind ``draft_model``."""
+
+    @model_validator(mode="after")
+    def _has_model(self) -> Self:
+        if (self.kind == "draft_model") != (self.model is not None):
+            raise ValueError("model: expected with kind draft_model, and only there")
+        return self
+
+
+class Online(Section):
+    """Training the drafter beside the RL job."""
+
+    gpu_seconds: float = Field(0.0, ge=0)
+    """GPU time of training on one policy version's rollouts, wherever it runs."""
+    swap: float = Field(0.05, ge=0)
+    """Seconds that the engines pause to load a new drafter, once in each RL step."""
+    versions: int = Field(50, ge=1, le=10000)
+    """RL steps to look ahead."""
+
+
+class Pipeline(Section):
+    """What the RL step consists of besides generation."""
+
+    lag: int = Field(0, ge=0, le=8)
+    """Versions that the policy may move on between a rollout's start and its use; 0: synchronous.
+    The rollouts of ``lag + 1`` steps are then under way at once."""
+    data: float = Field(0.0, ge=0)
+    prepare: float = Field(0.0, ge=0)
+    """Weight synchronisation (refit) and waking the engines."""
+    logprob_gpu_seconds: float | None = Field(None, ge=0)
+    """Work of the log-prob pass; seconds are this over the training devices. When absent: from the
+    model's operations."""
+    train_gpu_seconds: float | None = Field(None, ge=0)
+    """Work of the training stage, or the name of one in ``calibration.yaml``."""
+    training_efficiency: float = Field(0.3, gt=0, le=1)
+    """Part of the device's bf16 (or fp32) rate that training reaches, when work is computed."""
+
+    @field_validator("train_gpu_seconds", mode="before")
+    @classmethod
+    def _work_by_name(cls, value: Any) -> Any:
+        return lookup(calibration()["training"], "training work", value)
+
+
+class Scenario(Section):
+    """One RL job."""
+
+    title: str = ""
+    policy: Model
+    engine: Engine
+    """``vllm``, ``ideal``, the constants, or ``{like: vllm, captured_tokens: 1024}``."""
+    engine_cost: EngineCost | None = None
+    """A step as fitted from an engine's own timings, or the file that ``EngineCost.save`` wrote;
+    replaces the roofline."""
+    cluster: Cluster
+    workload: Workload
+    drafter: DrafterConfig
+    pipeline: Pipeline = Pipeline()
+    online: Online = Online()
+
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _engine_by_name(cls, value: Any) -> Any:
+        return lookup(_engines(), "engine", value)
+
+    @field_validator("engine_cost", mode="before")
+    @classmethod
+    def _cost_by_file(cls, value: Any) -> Any:
+        return EngineCost.load(value) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _overlaps(self) -> Self:
+        cluster, lag = self.cluster, self.pipeline.lag
+        if lag and cluster.generation_gpus in ("all", cluster.gpus):
+            raise ValueError("pipeline.lag: needs generation_gpus that leave some for training")
+        if not lag and cluster.generation_gpus == "best":
+            raise ValueError("generation_gpus: best is for pipeline.lag of 1 or more")
+        return self
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        cluster = self.cluster
+        weights = self.policy.shared_weights + self.policy.expert_weights
+        each = weights * BYTES[cluster.precision] / cluster.tensor_parallel
+        if self.engine_cost is None and each >= cluster.device.memory * cluster.memory_for_kv:
+            problem = f"{each / 1e9:.0f} GB of weights on each device leave no room for KV"
+            raise ValueError(f"cluster.tensor_parallel: {problem}")
+        return self
+
+
+_Section = TypeVar("_Section", bound=Section)
+
+
+def changed(section: _Section, **changes: Any) -> _Section:
+    """A copy of a part of the configuration with some fields changed."""
+    return section.model_copy(update=changes)
+
+
+def load_scenario(path: str | Path) -> Scenario:
+    """Read a scenario.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or a key or value is wrong; names the key.
+    """
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(path, "file", f"cannot be read: {error}") from error
+    return parse_scenario(text, str(path))
+
+
+def parse_scenario(text: str, where: str) -> Scenario:
+    """As :func:`load_scenario`, from text; `where` stands in messages."""
+    try:
+        document: Any = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        problem = " ".join(str(error).split())
+        raise ConfigError(where, "file", f"is not YAML: {problem}") from error
+    if not isinstance(document, dict):
+        raise ConfigError(where, "file", "expected a mapping of keys")
+    try:
+        return Scenario.model_validate(document)
+    except ValidationError as error:
+        raise explain(error, where, ConfigError) from error
+
+
+def presets() -> list[str]:
+    """Names of the scenarios that come with the package."""
+    names = (entry.name for entry in (DATA / "presets").iterdir())
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+
+
+def load_preset(name: str) -> Scenario:
+    """A scenario that comes with the package.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name not in presets():
+        raise ConfigError("--preset", name, f"unknown; known: {', '.join(presets())}")
+    return parse_scenario((DATA / "presets" / f"{name}.yaml").read_text(), f"preset {name}")
