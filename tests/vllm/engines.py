@@ -22,13 +22,12 @@ _kept: list[Any] = []
 def make_engine(policy: Path, drafter: Path | None, settings: dict[str, Any] | None, **more: Any):
     from vllm import LLM
 
-    speculative = more.pop("speculative_config", {})
     if drafter is not None:
         more["speculative_config"] = {
             "method": "eagle3",
             "model": str(drafter),
             "num_speculative_tokens": 3,
-            **speculative,
+            **more.get("speculative_config", {}),
         }
     if settings is not None:
         more["additional_config"] = {"drafttrain": settings}

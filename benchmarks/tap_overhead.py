@@ -1,0 +1,100 @@
+"""What capturing costs an engine: the same rollouts with the tap on and off, in pairs.
+
+An engine in this process, of the demo's size (24 layers, 128 wide, batch 16, k = 3), generates the
+same prompts with everything captured and with capturing switched off, in alternating order.
+
+overhead
+    median over pairs of the time a token takes with the tap on over that with it off, minus one.
+interval
+    95% confidence interval of that median, from the order statistics of the pairs.
+thread_overhead
+    the same of the engine thread's CPU time, which the machine's other work disturbs less.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from scipy.stats import binom
+
+from benchmarks.engines import K, bench, parser, print_result, say
+from tests.vllm.engines import generate, make_engine, prompts, sampled, status
+from tests.vllm.tiny_models import DEEP
+
+BATCH, TOKENS = 16, 96
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one completion token, in seconds."""
+
+    wall: float
+    thread: float
+
+
+def cost(llm: Any, salt: int) -> Cost:
+    batch = prompts([24] * BATCH, salt)
+    wall, thread = time.perf_counter(), time.thread_time()
+    completions = generate(llm, batch, sampled(1.0, TOKENS, seed=salt))
+    wall, thread = time.perf_counter() - wall, time.thread_time() - thread
+    tokens = sum(map(len, completions))
+    return Cost(wall / tokens, thread / tokens)
+
+
+def pair(llm: Any, index: int) -> tuple[Cost, Cost]:
+    """With the tap on, and with it off; which of them comes first alternates."""
+    costs = {}
+    for capture in (True, False) if index % 2 else (False, True):
+        llm.collective_rpc("drafttrain_capture", args=(capture,))
+        costs[capture] = cost(llm, salt=index)
+    return costs[True], costs[False]
+
+
+def median_interval(values: list[float], level: float = 0.95) -> tuple[float, float]:
+    """Of the median, without assuming a distribution."""
+    ordered = sorted(values)
+    low = int(binom.ppf((1 - level) / 2, len(ordered), 0.5))
+    return ordered[max(low - 1, 0)], ordered[min(len(ordered) - low, len(ordered) - 1)]
+
+
+def run(pairs: int) -> dict[str, Any]:
+    with bench(DEEP, versions=2) as of:
+        llm = make_engine(
+            of.policy, None, of.settings(), speculative_config=of.speculative(2),
+            enable_prefix_caching=False, max_num_batched_tokens=2048,
+        )  # fmt: skip
+        cost(llm, salt=0)
+        measured = []
+        for index in range(pairs):
+            measured.append(pair(llm, index))
+            if (index + 1) % 10 == 0:
+                say(f"{index + 1} pairs")
+        after = status(llm)
+        wall = [on.wall / off.wall - 1 for on, off in measured]
+        thread = [on.thread / off.thread - 1 for on, off in measured]
+        return {
+            "overhead": statistics.median(wall),
+            "interval": median_interval(wall),
+            "thread_overhead": statistics.median(thread),
+            "thread_interval": median_interval(thread),
+            "pairs": pairs,
+            "tokens_per_s": 1 / statistics.median(off.wall for _, off in measured),
+            "acceptance_length": after.acceptance.acceptance_length,
+            "draft_tokens": K,
+            "captured_tokens": after.tap.captured_tokens,
+            "dropped": after.tap.dropped,
+        }
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--pairs", type=int, default=30)
+    options = arguments.parse_args()
+    print_result(run(options.pairs), options.json)
+
+
+if __name__ == "__main__":
+    main()
