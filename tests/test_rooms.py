@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "drafttrain"
-FOUNDATION = {"errors", "config"}
+FOUNDATION = {"errors", "config", "tensorfile"}
 DATA = FOUNDATION | {"checkpoints", "rollouts"}
 LEARNING = DATA | {"drafters"}
 LOOPS = LEARNING | {"training", "control", "telemetry"}
@@ -22,6 +22,7 @@ PLUGIN = {"vllm", "fastapi", "starlette", "uvicorn"}
 TABLE: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
     "config": ({"errors"}, {"pydantic", "yaml"}),
+    "tensorfile": ({"errors"}, {"torch", "safetensors"}),
     "checkpoints": (FOUNDATION, TORCH),
     "rollouts": (FOUNDATION, TORCH),
     "drafters": (DATA, TORCH | {"transformers"}),

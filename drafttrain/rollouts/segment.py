@@ -9,7 +9,7 @@ A safetensors file; T tokens of all N rollouts end to end, H hidden size, A aux 
     last_hidden     [T, H]            in the layout's dtype, like
     aux_hidden      [T, A, H]         absent without aux layers
 
-and two entries of metadata: ``schema_version``, and ``segment``, the JSON of :class:`Header`.
+with the metadata of every spool file (see files.py) and ``segment``, the JSON of :class:`Header`.
 Reading maps the file; a rollout is a view of the map, which outlives the file's deletion.
 """
 
@@ -22,14 +22,13 @@ from typing import Annotated, Literal, overload
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from drafttrain.config import explain
 from drafttrain.errors import RolloutError
+from drafttrain.rollouts.files import SCHEMA_VERSION, check_tensor, check_unchanged, map_file
 from drafttrain.rollouts.record import FeatureLayout, Rollout
 
-SCHEMA_VERSION = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Count = Annotated[int, Field(ge=0)]
@@ -112,15 +111,15 @@ def pack(
         raise explain(error, where, RolloutError) from error
     tensors = _concatenate(rollouts, where)
     _check_tensors(header, tensors, where)
-    metadata = {"schema_version": str(SCHEMA_VERSION), "segment": header.model_dump_json()}
-    return tensors, metadata
+    return tensors, {"segment": header.model_dump_json()}
 
 
 def read_segment(path: Path) -> Segment:
-    """Map a segment and check everything but the hidden states' values.
+    """Map a segment and check everything.
 
     Raises:
-        RolloutError: missing, not whole, of a newer schema, or inconsistent; names the field.
+        RolloutError: missing, not whole, of a newer schema, inconsistent or changed; names the
+            field.
     """
     tensors, metadata = map_file(path)
     try:
@@ -128,6 +127,7 @@ def read_segment(path: Path) -> Segment:
     except ValidationError as error:
         raise explain(error, path, RolloutError) from error
     _check_tensors(header, tensors, path)
+    check_unchanged(tensors, metadata, path)
     return Segment(
         path=path,
         schema_version=SCHEMA_VERSION,
@@ -138,54 +138,6 @@ def read_segment(path: Path) -> Segment:
         rollouts=_Views(header, tensors),
         nbytes=sum(tensor.nbytes for tensor in tensors.values()),
     )
-
-
-def map_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Map a safetensors file of the spool: its tensors and its metadata.
-
-    safetensors itself refuses a header that is over 100 MB, longer than the file, or whose
-    offsets do not cover the rest of the file exactly.
-
-    Raises:
-        RolloutError: missing, not a whole safetensors file, or not of this schema.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise RolloutError(path, "file", "missing") from error
-    except (OSError, SafetensorError, ValueError) as error:
-        raise RolloutError(path, "file", f"is not a whole safetensors file: {error}") from error
-    found = metadata.get("schema_version", "")
-    if found != str(SCHEMA_VERSION):
-        newer = found.isdecimal() and len(found) < 10 and int(found) > SCHEMA_VERSION
-        advice = "; written by a newer drafttrain" if newer else ""
-        problem = f"{found!r:.40}, expected '{SCHEMA_VERSION}'{advice}"
-        raise RolloutError(path, "schema_version", problem)
-    return tensors, metadata
-
-
-def check_tensor(
-    tensors: dict[str, Tensor],
-    name: str,
-    shape: tuple[int, ...],
-    dtypes: Sequence[torch.dtype],
-    where: str | Path,
-) -> None:
-    """Hold one tensor against its shape and dtype.
-
-    Raises:
-        RolloutError: it is missing or has another shape or dtype.
-    """
-    if name not in tensors:
-        raise RolloutError(where, name, "missing")
-    found = tensors[name]
-    if tuple(found.shape) != shape:
-        raise RolloutError(where, name, f"shape {list(found.shape)}, expected {list(shape)}")
-    if found.dtype not in dtypes:
-        expected = " or ".join(str(dtype) for dtype in dtypes)
-        raise RolloutError(where, name, f"{found.dtype}, expected {expected}")
 
 
 class _Views(Sequence[Rollout]):

@@ -24,7 +24,7 @@ from drafttrain.rollouts.spool import SpoolWriter
 
 # Steps gather this long before the thread takes them: each time it wakes, the engine's thread may
 # have to wait for the interpreter lock.
-_GATHER_SECONDS = 0.02
+_GATHER_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
