@@ -1,1 +1,1 @@
-"""What drafttrain costs and withstands, measured on real engines: ``python -m benchmarks.NAME``."""
+"""Measurements that users and maintainers can run again: ``python -m benchmarks.<name>``."""

@@ -29,7 +29,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.engines import Bench, bench, parser, print_result, say
+from benchmarks.live_engine import Bench, bench, parser, print_result, say
 from benchmarks.load import Load, NextRequest, Stream
 from drafttrain.demo.statistics import two_sample_p_value
 from drafttrain.integrations.vllm.client import EngineClient

@@ -20,7 +20,7 @@ from typing import Any
 
 from scipy.stats import binom
 
-from benchmarks.engines import K, bench, parser, print_result, say
+from benchmarks.live_engine import K, bench, parser, print_result, say
 from tests.vllm.engines import generate, make_engine, prompts, sampled, status
 from tests.vllm.tiny_models import DEEP
 

@@ -221,7 +221,7 @@ def rewrite(path: Path, tensors: dict[str, Tensor], **header: Any) -> None:
     if "schema_version" in header:
         metadata["schema_version"] = header["schema_version"]
     changed = {**{n: t.clone() for n, t in load_file(path).items()}, **tensors}
-    save(path, {n: t for n, t in changed.items() if t.numel()}, metadata)
+    save(path, {n: [t] for n, t in changed.items() if t.numel()}, metadata)
 
 
 LAYOUT_IN_JSON = {
@@ -342,7 +342,8 @@ def test_a_damaged_head_is_refused_by_field(
 ) -> None:
     path = SpoolWriter(tmp_path, "engine-0").write_head(make_head(5))
     sound = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    save(path, {**sound, **tensors}, {"policy_version": "5", "norm_eps": "1e-06", **metadata})
+    changed = {name: [tensor] for name, tensor in {**sound, **tensors}.items()}
+    save(path, changed, {"policy_version": "5", "norm_eps": "1e-06", **metadata})
     with pytest.raises(RolloutError) as caught:
         SpoolReader(tmp_path).read_head(5)
     assert (caught.value.where, caught.value.field) == (str(path), field)

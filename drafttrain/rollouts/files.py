@@ -10,9 +10,11 @@ import json
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from safetensors.torch import save_file
+from numpy.typing import NDArray
 from torch import Tensor
 
 from drafttrain.errors import RolloutError
@@ -25,14 +27,49 @@ _CHECKSUM = "checksum"
 _HEADER_LIMIT = 64 << 20
 
 
-def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a file with a checksum.
+# A tensor, in parts that follow each other along the first dimension.
+Parts = Sequence[Tensor]
+
+_DTYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.bool: "BOOL",
+}
+
+
+def save(path: Path, tensors: Mapping[str, Parts], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file with a checksum.
+
+    Parts are written from where they lie, without holding Python's lock: an engine's thread goes on
+    meanwhile, and there is no second copy of the hidden states.
+
+    Args:
+        path: of the file.
+        tensors: contiguous, on the CPU; every part of one has its dtype and its other dimensions.
+        metadata: what the writer wants to say.
 
     Raises:
-        OSError, SafetensorError: it cannot be written.
+        OSError: it cannot be written.
     """
     about = {"schema_version": str(SCHEMA_VERSION), **metadata}
-    save_file(tensors, path, metadata={_CHECKSUM: _checksum(tensors, about)} | about)
+    # Widest first, so that every tensor is aligned.
+    names = sorted(tensors, key=lambda name: (-tensors[name][0].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {_CHECKSUM: _checksum(tensors, about)} | about}
+    end = 0
+    for name in names:
+        start, end = end, end + sum(part.nbytes for part in tensors[name])
+        dtype, shape = _kind(tensors[name])
+        header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name in names:
+            for part in tensors[name]:
+                file.write(_bytes(part))
 
 
 def map_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -60,7 +97,8 @@ def check_unchanged(
         RolloutError: it is not what was written.
     """
     rest = {name: value for name, value in metadata.items() if name != _CHECKSUM}
-    if metadata.get(_CHECKSUM) != _checksum(tensors, rest):
+    parts = {name: [tensor] for name, tensor in tensors.items()}
+    if metadata.get(_CHECKSUM) != _checksum(parts, rest):
         raise RolloutError(where, _CHECKSUM, "is not that of the content; the file is damaged")
 
 
@@ -86,9 +124,22 @@ def check_tensor(
         raise RolloutError(where, name, f"{found.dtype}, expected {expected}")
 
 
-def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    about = [(name, str(t.dtype), list(t.shape)) for name, t in sorted(tensors.items())]
-    found = zlib.crc32(json.dumps([sorted(metadata.items()), about]).encode())
-    for _, tensor in sorted(tensors.items()):
-        found = zlib.crc32(tensor.flatten().view(torch.uint8).numpy(), found)
+def _checksum(tensors: Mapping[str, Parts], metadata: Mapping[str, str]) -> str:
+    kinds = [(name, *map(str, _kind(parts))) for name, parts in sorted(tensors.items())]
+    found = zlib.crc32(json.dumps([sorted(metadata.items()), kinds]).encode())
+    for _, parts in sorted(tensors.items()):
+        for part in parts:
+            found = zlib.crc32(_bytes(part), found)
     return f"{found:08x}"
+
+
+def _kind(parts: Parts) -> tuple[torch.dtype, list[int]]:
+    """Dtype and shape of the whole."""
+    first = parts[0]
+    length = [sum(map(len, parts))] if first.ndim else []
+    return first.dtype, [*length, *first.shape[1:]]
+
+
+def _bytes(part: Tensor) -> NDArray[np.uint8]:
+    content: NDArray[np.uint8] = part.detach().flatten().view(torch.uint8).numpy()
+    return content

@@ -26,7 +26,13 @@ from torch import Tensor
 
 from drafttrain.config import explain
 from drafttrain.errors import RolloutError
-from drafttrain.rollouts.files import SCHEMA_VERSION, check_tensor, check_unchanged, map_file
+from drafttrain.rollouts.files import (
+    SCHEMA_VERSION,
+    Parts,
+    check_tensor,
+    check_unchanged,
+    map_file,
+)
 from drafttrain.rollouts.record import FeatureLayout, Rollout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -87,8 +93,8 @@ class Segment:
 
 def pack(
     rollouts: Sequence[Rollout], layout: FeatureLayout, engine: str, where: str | Path
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a segment with these rollouts.
+) -> tuple[dict[str, Parts], dict[str, str]]:
+    """Tensors, in parts, and metadata of a segment with these rollouts.
 
     Raises:
         RolloutError: they are not of one policy and drafter version, or do not fit `layout`;
@@ -109,9 +115,9 @@ def pack(
         )
     except ValidationError as error:
         raise explain(error, where, RolloutError) from error
-    tensors = _concatenate(rollouts, where)
-    _check_tensors(header, tensors, where)
-    return tensors, {"segment": header.model_dump_json()}
+    parts = _parts(rollouts, where)
+    _check_tensors(header, {name: _whole(parts[name], name, where) for name in parts}, where)
+    return parts, {"segment": header.model_dump_json()}
 
 
 def read_segment(path: Path) -> Segment:
@@ -178,7 +184,7 @@ def _entry(rollout: Rollout) -> RolloutEntry:
     return RolloutEntry(**{name: getattr(rollout, name) for name in RolloutEntry.model_fields})
 
 
-def _concatenate(rollouts: Sequence[Rollout], where: str | Path) -> dict[str, Tensor]:
+def _parts(rollouts: Sequence[Rollout], where: str | Path) -> dict[str, Parts]:
     lengths = torch.tensor([0, *(rollout.length for rollout in rollouts)])
     aux = [rollout.aux_hidden for rollout in rollouts if rollout.aux_hidden is not None]
     if aux and len(aux) != len(rollouts):
@@ -189,14 +195,25 @@ def _concatenate(rollouts: Sequence[Rollout], where: str | Path) -> dict[str, Te
         if any(len(tensor) != rollout.length for tensor in rows):
             problem = f"features do not have its {rollout.length} rows"
             raise RolloutError(where, f"rollout {rollout.rollout_id}", problem)
-    tensors = {
-        "tokens": torch.cat([rollout.tokens for rollout in rollouts]),
-        "offsets": lengths.cumsum(0),
-        "prompt_lengths": torch.tensor([rollout.prompt_length for rollout in rollouts]),
-        "captured": torch.cat([rollout.captured for rollout in rollouts]),
-        "last_hidden": torch.cat([rollout.last_hidden for rollout in rollouts]),
+    parts: dict[str, Parts] = {
+        "tokens": [rollout.tokens for rollout in rollouts],
+        "offsets": [lengths.cumsum(0)],
+        "prompt_lengths": [torch.tensor([rollout.prompt_length for rollout in rollouts])],
+        "captured": [rollout.captured for rollout in rollouts],
+        "last_hidden": [rollout.last_hidden.contiguous() for rollout in rollouts],
     }
-    return tensors | ({"aux_hidden": torch.cat(aux)} if aux else {})
+    return parts | ({"aux_hidden": [tensor.contiguous() for tensor in aux]} if aux else {})
+
+
+def _whole(parts: Parts, name: str, where: str | Path) -> Tensor:
+    """The tensor the parts make; of hidden states, which are not checked, only its shape."""
+    kinds = {(tuple(part.shape[1:]), part.dtype) for part in parts}
+    if len(kinds) != 1:
+        raise RolloutError(where, name, "differs in shape or dtype between rollouts")
+    if not name.endswith("_hidden"):
+        return torch.cat(list(parts))
+    ((shape, dtype),) = kinds
+    return torch.empty((sum(map(len, parts)), *shape), dtype=dtype, device="meta")
 
 
 def _check_tensors(header: Header, tensors: dict[str, Tensor], where: str | Path) -> None:

@@ -24,11 +24,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-from torch import Tensor
-
 from drafttrain.errors import RolloutError, SpoolError
-from drafttrain.rollouts.files import check_tensor, check_unchanged, map_file, save
+from drafttrain.rollouts.files import Parts, check_tensor, check_unchanged, map_file, save
 from drafttrain.rollouts.record import FeatureLayout, PolicyHead, Rollout
 from drafttrain.rollouts.segment import DTYPES, Segment, pack, read_segment
 
@@ -106,13 +103,13 @@ class SpoolWriter:
             del tensors["lm_head"]
         if head.final_norm is not None:
             tensors["final_norm"] = head.final_norm
-        tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        parts: dict[str, Parts] = {name: [t.contiguous()] for name, t in tensors.items()}
         metadata = {
             "policy_version": str(head.policy_version),
             "norm_eps": repr(float(head.norm_eps)),
         }
         path = _head_path(self.root, head.policy_version)
-        with self._writing(), self._finished(tensors, metadata) as file:
+        with self._writing(), self._finished(parts, metadata) as file:
             file.replace(path)
             _sync(self._heads)
             for version in SpoolReader(self.root).heads()[:-HEADS_KEPT]:
@@ -125,16 +122,11 @@ class SpoolWriter:
         return sum(size for _, size in sized(_segment_paths(self.root))) > self.max_bytes
 
     @contextmanager
-    def _finished(self, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Iterator[Path]:
+    def _finished(self, tensors: dict[str, Parts], metadata: dict[str, str]) -> Iterator[Path]:
         """A whole, synced file that has no name in the spool yet; gone afterwards."""
         file = self._own / "file"
         try:
-            # safetensors writes through a temporary file of its own in the same folder, which only
-            # its owner may read; the umask decides here.
-            file.touch()
-            mode = file.stat().st_mode
             save(file, tensors, metadata)
-            file.chmod(mode)
             _sync(file)
             yield file
         finally:
@@ -147,8 +139,6 @@ class SpoolWriter:
             yield
         except OSError as error:
             raise SpoolError(f"{self.root}: cannot be written: {error.strerror}") from error
-        except SafetensorError as error:
-            raise SpoolError(f"{self.root}: cannot be written: {error}") from error
 
 
 class SpoolReader:

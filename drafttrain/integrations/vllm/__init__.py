@@ -7,7 +7,7 @@ In the engine's processes (nothing here that trains)::
     worker       the engine side of one worker; owns what follows
       versions     which policy and which drafter it runs
       tap          the engine's thread: what a step computed and sampled, put on a queue (steps)
-      assembler    a thread: steps become rollouts (live), rollouts become segments (segments)
+      assembler    a thread: steps become rollouts (live), those to be kept (selection) segments
       head         the policy's embedding and output head, and the layout of its hidden states
       swap         a registry version into the running drafter, or the old one back (fit)
     cpu_sampler  a correction of vLLM's CPU fallback, without which sampling is wrong there

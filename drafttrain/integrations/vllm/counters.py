@@ -47,6 +47,7 @@ class Counters:
     damaged: int = 0
     skipped: int = 0
     uncaptured: int = 0
+    passed_over: int = 0
 
     def versions(self) -> list[VersionAcceptance]:
         return [

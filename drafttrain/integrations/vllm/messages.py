@@ -62,7 +62,9 @@ class TapCounters(Message):
     skipped: int = 0
     """Not rollouts of the policy on token ids: LoRA, embeddings, multimodal, streamed input."""
     uncaptured: int = 0
-    """Ended without a single captured row (capture was off)."""
+    """Ended without a single captured row (capture was off, or the window lay elsewhere)."""
+    passed_over: int = 0
+    """Not kept, as the settings ask: a fraction of prompt groups, a budget of bytes a second."""
     running: int = 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -14,12 +16,32 @@ from torch import Tensor
 from drafttrain.rollouts.record import FeatureLayout, PolicyHead
 
 
+class RowBuffers:
+    """Memory for the rows of steps, used again: on a CPU fresh memory costs more than the copy."""
+
+    def __init__(self) -> None:
+        self._free: deque[Tensor] = deque(maxlen=8)
+
+    def stack(self, states: Sequence[Tensor]) -> HostCopy:
+        """[N, S, H] from S tensors [N, H] on the CPU, in a buffer that comes back when read."""
+        count, hidden = states[0].shape
+        buffer = self._free.popleft() if self._free else states[0].new_empty(0, 0, 0)
+        if len(buffer) < count:
+            buffer = states[0].new_empty(2 * count, len(states), hidden)
+        torch.stack(list(states), dim=1, out=buffer[:count])
+        return HostCopy(buffer[:count], release=lambda: self._free.append(buffer))
+
+
 @dataclass(frozen=True, slots=True)
 class HostCopy:
-    """A tensor on its way to host memory; :meth:`wait` belongs to the assembler's thread."""
+    """A tensor on its way to host memory.
+
+    :meth:`wait` belongs to the assembler's thread, which calls ``release`` when it has read it.
+    """
 
     tensor: Tensor
     event: Any = None
+    release: Callable[[], object] = lambda: None
 
     def wait(self) -> Tensor:
         if self.event is not None:

@@ -36,7 +36,15 @@ from drafttrain.integrations.vllm.head import (
     feature_layout,
     policy_parts,
 )
-from drafttrain.integrations.vllm.steps import Ended, HeadTaken, HostCopy, Step, sampled_of, to_host
+from drafttrain.integrations.vllm.steps import (
+    Ended,
+    HeadTaken,
+    HostCopy,
+    RowBuffers,
+    Step,
+    sampled_of,
+    to_host,
+)
 from drafttrain.integrations.vllm.versions import Versions
 from drafttrain.rollouts.record import FeatureLayout
 
@@ -85,6 +93,7 @@ class Tap:
         self._drafted_by = versions.drafter.number
         self._layout: FeatureLayout | None = None
         self._head_version: int | None = None
+        self._buffers = RowBuffers()
         self._sample_tokens = runner.sample_tokens
         self._state_removed = runner._on_request_state_removed
         runner.sample_tokens = self.sample_tokens
@@ -135,7 +144,10 @@ class Tap:
         """[N, 1 + A, H]; a copy, because the engine reuses its buffers."""
         count = state.scheduler_output.total_num_scheduled_tokens
         states = [state.hidden_states, *(state.aux_hidden_states or ())]
-        return to_host(torch.stack([s[:count] for s in states], dim=1))
+        states = [tensor[:count] for tensor in states]
+        if states[0].device.type == "cpu":
+            return self._buffers.stack(states)
+        return to_host(torch.stack(states, dim=1))
 
     def _take_head_if_new(self, state: Any) -> None:
         version = self._versions.policy.number

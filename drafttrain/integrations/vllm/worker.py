@@ -122,6 +122,7 @@ class EngineSide:
             damaged=counters.damaged,
             skipped=counters.skipped,
             uncaptured=counters.uncaptured,
+            passed_over=counters.passed_over,
             running=assembler.running if assembler else 0,
         )
 
