@@ -127,7 +127,7 @@ def stalls(streams: list[Stream], swaps: list[Swap], step: float) -> list[float]
             arrivals = stream.arrivals
             first = bisect_left(arrivals, loading)
             last = bisect_left(arrivals, swap.answered)
-            if 0 < first and last < len(arrivals):
+            if first > 0 and last < len(arrivals):
                 around = itertools.pairwise(arrivals[first - 1 : last + 1])
                 gap = max(right - left for left, right in around)
                 found.append((gap - swap.load_seconds) / step)

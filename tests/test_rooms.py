@@ -29,9 +29,10 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "training": (LEARNING, TORCH | {"transformers"}),
     "control": (LEARNING, TORCH),
     "telemetry": (FOUNDATION, set()),
+    "serving": ({"errors"}, set()),
     "publishing": (LOOPS, TORCH),
     "pretrain": (LOOPS | {"publishing"}, TORCH),
-    "sidecar": (LOOPS | {"publishing"}, TORCH | {"watchfiles"}),
+    "sidecar": (LOOPS | {"publishing", "serving"}, TORCH | {"watchfiles"}),
     "integrations": (DATA, TORCH | PLUGIN | {"httpx"}),
 }
 UNBOUND = {"cli", "demo", "__main__", "__init__"}

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from killable import Workers
 from rollout_files import HIDDEN, LAYOUT, NO_AUX, fill, make_head, make_rollout
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from drafttrain.errors import RolloutError, SpoolError
@@ -211,7 +211,7 @@ def test_what_a_reader_would_refuse_is_not_written(
 
 
 def rewrite(path: Path, tensors: dict[str, Tensor], **header: Any) -> None:
-    """The segment as somebody else would write it, with some tensors and header entries replaced."""
+    """The segment as another would write it, with some tensors and header entries replaced."""
     content = path.read_bytes()
     size = struct.unpack("<Q", content[:8])[0]
     metadata = json.loads(content[8 : 8 + size])["__metadata__"]

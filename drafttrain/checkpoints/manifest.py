@@ -1,8 +1,8 @@
 """What a drafter version says about itself: ``manifest.json``, beside its weights.
 
 The manifest is written once, by the registry, and never changed. It pins the bytes of the other
-files and, with a digest of its own, its own content; it names the policy the drafter fits, and tells
-where the drafter came from.
+files and, by a digest, its own content; it names the policy the drafter fits, and tells where the
+drafter came from.
 """
 
 from __future__ import annotations

@@ -37,6 +37,13 @@ def assert_rows_are_the_policys(rollouts: list[Rollout], reference: Any) -> None
             assert_close(rollout.aux_hidden[rows][:, index], states[layer][0][rows])
 
 
+def assert_mostly_captured(rollout: Rollout) -> None:
+    """Only the prefix cache (whole blocks of 32) and the last token leave rows out."""
+    missing = (~rollout.captured).nonzero()[:, 0].tolist()
+    assert missing[-1] == rollout.length - 1 or rollout.captured[-1]
+    assert all(position < rollout.prompt_length for position in missing[:-1])
+
+
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
@@ -65,10 +72,7 @@ def test_rows_tokens_and_counts_match_under_speculation(
         assert rollout.temperature == pytest.approx(0.8)
         assert rollout.drafter_version == drafter_version
         assert rollout.rounds <= rollout.drafted <= 3 * rollout.rounds
-        # Only the prefix cache (whole blocks of 32) and the last token leave rows out.
-        missing = (~rollout.captured).nonzero()[:, 0].tolist()
-        assert missing[-1] == rollout.length - 1 or rollout.captured[-1]
-        assert all(position < rollout.prompt_length for position in missing[:-1])
+        assert_mostly_captured(rollout)
         if rollout.length < 256:  # close to the limit there are no drafts
             # A round yields its accepted drafts and one token; the prefill yielded the first.
             assert rollout.completion_length - 1 <= rollout.rounds + rollout.accepted

@@ -152,3 +152,68 @@ def bigram_drafter(policy: Any) -> dict[str, Tensor]:
         "norm.weight": policy.model.norm.weight.detach().clone(),
         "lm_head.weight": policy.lm_head.weight.detach().clone(),
     }
+
+
+def make_causal(folder: Path, tensors: dict[str, Tensor], like: Path) -> Path:
+    """A small model as a drafter: the configuration of another folder, and these tensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_bytes((like / "config.json").read_bytes())
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def make_mimo(folder: Path, seed: int = 0) -> Path:
+    """A random MiMo policy: a Qwen2 trunk with one MTP layer."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=MAX_LENGTH,
+        tie_word_embeddings=False,
+        rope_theta=ROPE_THETA,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    model = Qwen2ForCausalLM(config).eval()
+    with torch.no_grad():
+        model.model.norm.weight.uniform_(0.5, 1.5)
+    model.save_pretrained(folder)
+    document = json.loads((folder / "config.json").read_text())
+    document |= {"architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1}
+    (folder / "config.json").write_text(json.dumps(document))
+    trunk = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(trunk | mimo_head(seed), folder / "model.safetensors")
+    return folder
+
+
+def mimo_head(seed: int) -> dict[str, Tensor]:
+    """Random tensors of its MTP layer, which is what a drafter folder of kind mtp holds."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator) * 0.05
+
+    prefix = "model.mtp_layers.0."
+    norms = ("token", "hidden", "final", "input", "post_attention")
+    tensors = {f"{prefix}{name}_layernorm.weight": torch.ones(HIDDEN) for name in norms}
+    for name, rows, columns in (
+        ("input_proj", HIDDEN, 2 * HIDDEN),
+        ("self_attn.q_proj", 2 * HEAD_DIM, HIDDEN),
+        ("self_attn.k_proj", HEAD_DIM, HIDDEN),
+        ("self_attn.v_proj", HEAD_DIM, HIDDEN),
+        ("self_attn.o_proj", HIDDEN, 2 * HEAD_DIM),
+        ("mlp.gate_proj", INNER, HIDDEN),
+        ("mlp.up_proj", INNER, HIDDEN),
+        ("mlp.down_proj", HIDDEN, INNER),
+    ):
+        tensors[f"{prefix}{name}.weight"] = normal(rows, columns)
+        if name.endswith(("q_proj", "k_proj", "v_proj")):
+            tensors[f"{prefix}{name}.bias"] = normal(rows)
+    return tensors

@@ -154,7 +154,8 @@ class Assembler:
         rows = None if step.rows is None else _bytes_of(step.rows.wait())
         lists = step.sampled.lists() if isinstance(step.sampled, DeviceSampled) else step.sampled
         drafts = step.drafts or [0] * len(step.req_ids)
-        batch = zip(step.req_ids, step.scheduled, drafts, step.starts.tolist(), lists, strict=True)
+        starts = step.starts.wait().tolist()
+        batch = zip(step.req_ids, step.scheduled, drafts, starts, lists, strict=True)
         offset = 0
         for req_id, scheduled, drafted, start, sampled in batch:
             live = self._live.get(req_id)

@@ -54,7 +54,9 @@ class Counters:
             VersionAcceptance(
                 drafter_version=version,
                 requests=self.requests[version],
-                **rounds.message().model_dump(),
+                rounds=rounds.rounds,
+                drafted=rounds.drafted,
+                accepted_per_position=list(rounds.accepted_per_position),
             )
             for version, rounds in list(self.by_version.items())
         ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from drafttrain.errors import DrafttrainError, InputError
 
@@ -28,10 +28,16 @@ class Acceptance(Message):
     def accepted(self) -> int:
         return sum(self.accepted_per_position)
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def acceptance_length(self) -> float | None:
         """Tokens a round yields, 1 + accepted / rounds; None before the first round."""
         return 1 + self.accepted / self.rounds if self.rounds else None
+
+    @property
+    def accepted_by_position(self) -> list[float]:
+        """Of the rounds, the part in which the draft token at each depth was accepted."""
+        return [accepted / self.rounds for accepted in self.accepted_per_position]
 
 
 class VersionAcceptance(Acceptance):

@@ -51,7 +51,7 @@ class EngineSettings(BaseModel):
     """Fraction of prompt groups whose rollouts are kept."""
 
     window_tokens: int | None = Field(default=None, ge=1)
-    """Rows kept of a rollout: this many positions in a row, at a place drawn for each. None: all."""
+    """Rows kept of a rollout: so many positions in a row, at a place drawn for each. None: all."""
 
     max_bytes_per_second: int | None = Field(default=None, ge=1)
     """Features kept a second, on average; above it new requests are not kept. None: no limit."""
