@@ -26,7 +26,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks import broken
+from benchmarks.broken import content, folders, forged, requests
 from benchmarks.live_engine import Bench, bench, parser, print_result, say
 from drafttrain.errors import RolloutError
 from drafttrain.integrations.vllm.local import serve_engine
@@ -58,18 +58,18 @@ class Target:
         self.head = of.folder / "spool" / "heads" / "00000000.safetensors"
         self.expected = self._behaviour()
 
-    def checkpoint(self, damage: broken.FolderDamage, rng: random.Random) -> Outcome:
+    def checkpoint(self, damage: folders.FolderDamage, rng: random.Random) -> Outcome:
         """A copy of the serving version with something wrong in it."""
         folder = self.home / f"v{self.version:06d}"
         shutil.copytree(self.of.registry.folder(SERVING), folder)
-        broken.reseal(folder, version=self.version)
+        folders.reseal(folder, version=self.version)
         damage(folder, rng)
         try:
             return self.post(json={"version": self.version})
         finally:
-            broken.remove(folder)
+            folders.remove(folder)
 
-    def request(self, damage: broken.RequestDamage, rng: random.Random) -> Outcome:
+    def request(self, damage: requests.RequestDamage, rng: random.Random) -> Outcome:
         return self.post(**damage(rng))
 
     def post(self, path: str = "/drafttrain/drafter", **request: Any) -> Outcome:
@@ -86,13 +86,13 @@ class Target:
         clear = 400 <= response.status_code < 500 and said and "\n" not in said
         return Outcome("refused" if clear else "crashed", f"{response.status_code}: {said}")
 
-    def segment_file(self, damage: broken.BytesDamage, rng: random.Random) -> Outcome:
+    def segment_file(self, damage: content.BytesDamage, rng: random.Random) -> Outcome:
         return self._spool_file(self.segment, damage, rng)
 
-    def head_file(self, damage: broken.BytesDamage, rng: random.Random) -> Outcome:
+    def head_file(self, damage: content.BytesDamage, rng: random.Random) -> Outcome:
         return self._spool_file(self.head, damage, rng)
 
-    def _spool_file(self, path: Path, damage: broken.BytesDamage, rng: random.Random) -> Outcome:
+    def _spool_file(self, path: Path, damage: content.BytesDamage, rng: random.Random) -> Outcome:
         whole, reader = path.read_bytes(), SpoolReader(self.of.folder / "spool")
         try:
             path.write_bytes(damage(whole, rng))
@@ -138,14 +138,14 @@ def families(target: Target) -> dict[str, list[Case]]:
         return [lambda rng, damage=damage: attack(damage, rng) for damage in damages]
 
     return {
-        "torn files": bound(target.checkpoint, broken.TORN),
-        "forged weights": bound(target.checkpoint, broken.FORGED_WEIGHTS),
-        "forged config": bound(target.checkpoint, broken.FORGED_CONFIG),
-        "forged manifest": bound(target.checkpoint, broken.FORGED_MANIFEST),
-        "paths": bound(target.checkpoint, broken.PATHS),
-        "requests": bound(target.request, broken.REQUESTS),
-        "segments": bound(target.segment_file, broken.BYTES),
-        "heads": bound(target.head_file, broken.BYTES),
+        "torn files": bound(target.checkpoint, folders.TORN),
+        "forged weights": bound(target.checkpoint, forged.FORGED_WEIGHTS),
+        "forged config": bound(target.checkpoint, forged.FORGED_CONFIG),
+        "forged manifest": bound(target.checkpoint, forged.FORGED_MANIFEST),
+        "paths": bound(target.checkpoint, folders.PATHS),
+        "requests": bound(target.request, requests.REQUESTS),
+        "segments": bound(target.segment_file, content.BYTES),
+        "heads": bound(target.head_file, content.BYTES),
     }
 
 

