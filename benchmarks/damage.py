@@ -57,6 +57,7 @@ class Target:
         (self.segment,) = SpoolReader(of.folder / "spool").segment_paths()
         self.head = of.folder / "spool" / "heads" / "00000000.safetensors"
         self.expected = self._behaviour()
+        self._accepts_what_is_sound()
 
     def checkpoint(self, damage: folders.FolderDamage, rng: random.Random) -> Outcome:
         """A copy of the serving version with something wrong in it."""
@@ -108,6 +109,14 @@ class Target:
         finally:
             path.unlink()  # a new file: readers may have the old one mapped
             path.write_bytes(whole)
+
+    def _accepts_what_is_sound(self) -> None:
+        """Or its refusals would mean nothing: an undamaged copy is served, and gone back from."""
+        served = self.checkpoint(lambda folder, rng: None, random.Random())
+        back = self.post(json={"version": SERVING})
+        read = self._spool_file(self.segment, lambda whole, rng: whole, random.Random())
+        for outcome in (served, back, read):
+            assert outcome.verdict == "accepted_by_mistake", outcome
 
     def unharmed(self) -> bool:
         """The same drafter serves, with the same outputs and the same acceptance."""

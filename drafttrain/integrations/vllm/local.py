@@ -10,6 +10,7 @@ Calls run between two engine steps, in the caller's thread, after at most one st
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -36,6 +37,9 @@ from drafttrain.integrations.vllm.turnstile import Turnstile
 _GUARDED = ("step", "collective_rpc", "sleep", "wake_up")
 _TURNSTILE = "_drafttrain_turnstile"
 
+# A connection that says nothing for so long is closed.
+_SILENT_SECONDS = 30.0
+
 # Engines that compute in this process share modules: vLLM keeps one rotary embedding for all models
 # that want the same (``rotary_embedding/__init__.py``, ``_ROPE_DICT``), and a layerwise reload puts
 # it on the meta device for a moment. So while one of them swaps, no other may step.
@@ -50,8 +54,7 @@ class EngineServer:
         settings = engine_settings(self._engine.vllm_config)
         token = read_token(settings.token_file if settings else None)
         self._turnstile = _turnstile_of(self._engine)
-        self._server = ThreadingHTTPServer((host, port), _handler(self._hold, token))
-        self._server.daemon_threads = True
+        self._server = _Server((host, port), _handler(self._hold, token))
         self._thread = threading.Thread(
             target=self._server.serve_forever, name="drafttrain-http", daemon=True
         )
@@ -99,6 +102,15 @@ class EngineServer:
         if answer.status != 200:
             raise EngineError(answer.body["error"])
         return answer.body
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away is nobody's fault; anything else is printed as it would be."""
+        if not isinstance(sys.exception(), (ConnectionError, TimeoutError)):
+            super().handle_error(request, client_address)
 
 
 def serve_engine(llm: Any, host: str = "127.0.0.1", port: int = 0) -> EngineServer:
@@ -154,6 +166,8 @@ def _handler(
     hold: Callable[[Conversation], Answer], token: str | None
 ) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
+        timeout = _SILENT_SECONDS
+
         def do_GET(self) -> None:
             self._reply()
 
@@ -165,7 +179,10 @@ def _handler(
             size = min(int(length), MAX_BODY_BYTES + 1) if length.isdigit() else 0
             path = self.path.partition("?")[0]
             authorization = self.headers.get("Authorization")
-            reply = hold(handle(self.command, path, self.rfile.read(size), authorization, token))
+            body = self.rfile.read(size)
+            if len(body) < size:
+                return  # cut off on the way: nothing was asked for
+            reply = hold(handle(self.command, path, body, authorization, token))
             content = json.dumps(reply.body).encode()
             self.send_response(reply.status)
             self.send_header("Content-Type", "application/json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import vllm
@@ -28,12 +29,24 @@ def before_loading(worker: Any, settings: EngineSettings) -> None:
     """To be called once the worker has a model runner, and no models in it yet."""
     if settings.registry is None:
         return
+    _pin_start_version(worker.vllm_config.speculative_config)
     if worker.vllm_config.use_v2_model_runner:
         keep_own_head_v2()
         return
     proposer = getattr(worker.model_runner, "drafter", None)
     if hasattr(proposer, "_maybe_share_lm_head"):
         keep_own_head(proposer)
+
+
+def _pin_start_version(speculative: Any) -> None:
+    """Makes of a link such as ``latest`` the version that it names now.
+
+    It may move before vLLM has read the weights, and what this engine serves would then be told
+    wrong.
+    """
+    draft = speculative.draft_model_config if speculative is not None else None
+    if draft is not None and Path(draft.model).is_symlink():
+        speculative.model = draft.model = str(Path(draft.model).resolve())
 
 
 class EngineSide:
