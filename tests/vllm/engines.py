@@ -31,19 +31,22 @@ def make_engine(policy: Path, drafter: Path | None, settings: dict[str, Any] | N
         }
     if settings is not None:
         more["additional_config"] = {"drafttrain": settings}
-    sizes = {"max_num_seqs": 16, "max_num_batched_tokens": 64}  # long prompts come in chunks
+    defaults = {
+        "dtype": "float32",
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 64,  # long prompts come in chunks
+        "distributed_executor_backend": "uni",
+        "skip_tokenizer_init": True,
+    }
     llm = LLM(
         str(policy),
-        dtype=more.pop("dtype", "float32"),
         enforce_eager=True,
         max_model_len=256,
         block_size=32,
         seed=0,
-        distributed_executor_backend="uni",
         disable_log_stats=False,
-        skip_tokenizer_init=True,
         num_gpu_blocks_override=200,
-        **(sizes | more),
+        **(defaults | more),
     )
     _kept.append(llm)
     return llm
