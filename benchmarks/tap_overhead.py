@@ -1,16 +1,16 @@
 """What capturing costs an engine: the same rollouts with the tap on and off, in pairs.
 
 An engine in this process, of the demo's size (24 layers, 128 wide, batch 16, k = 3), generates the
-same prompts with everything captured and with capturing switched off, in alternating order. The runs
-are short, so that both of a pair meet the same machine; rollouts end and segments are written all
-the way through each.
+same prompts with everything captured and with capturing switched off, in alternating order. The
+runs are short, so that both of a pair meet the same machine; rollouts end and segments are written
+all the way through each.
 
 overhead
     median over pairs of the time a token takes with the tap on over that with it off, minus one.
 interval
     95% confidence interval of that median, from the order statistics of the pairs.
 cpu_overhead
-    the same of the process's CPU time, all threads together: what it would be with one core for all.
+    the same of the process's CPU time, all threads together: what it would be on a single core.
 """
 
 from __future__ import annotations

@@ -50,7 +50,6 @@ _SAME_CONFIG = (
     "use_sliding_window",
     "layer_types",
     "num_hidden_layers",
-    "tie_word_embeddings",
 )
 
 

@@ -20,7 +20,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from drafttrain.integrations.vllm.steps import HostCopy, Sampled, sampled_v1, sampled_v2, to_host
@@ -90,12 +89,14 @@ class RunnerV1:
         scheduled, verification = state.scheduler_output, state.spec_decode_metadata
         count, req_ids = scheduled.total_num_scheduled_tokens, list(batch.req_ids)
         states = [state.hidden_states, *(state.aux_hidden_states or ())]
+        # Of the device: under asynchronous scheduling the host's take all drafts for accepted.
+        starts = self._runner.num_computed_tokens[: len(req_ids)].clone()
         return Computed(
             new_requests=scheduled.scheduled_new_reqs,
             req_ids=req_ids,
             scheduled=[scheduled.num_scheduled_tokens[req_id] for req_id in req_ids],
             drafts=None if verification is None else verification.num_draft_tokens,
-            starts=HostCopy(torch.tensor(batch.num_computed_tokens_cpu[: len(req_ids)])),
+            starts=to_host(starts),
             states=[tensor[:count] for tensor in states],
             logits_of=lambda: (state.sample_hidden_states[0], state.logits[0]),
         )

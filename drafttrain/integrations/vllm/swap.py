@@ -22,7 +22,7 @@ from drafttrain.checkpoints.formats import with_defaults
 from drafttrain.checkpoints.manifest import TargetFingerprint, read_json
 from drafttrain.checkpoints.registry import Registry
 from drafttrain.checkpoints.verify import CONFIG, WEIGHTS, Verified, verify
-from drafttrain.errors import CheckpointError, DrafttrainError, EngineError
+from drafttrain.errors import DrafttrainError, EngineError
 from drafttrain.integrations.vllm.fit import Names, check_config, check_tensors
 from drafttrain.integrations.vllm.layerwise import Weights, layerwise_load
 from drafttrain.integrations.vllm.messages import SwapResult
@@ -126,14 +126,14 @@ class Swapper:
 
     def _agreed(self, version: int) -> _Checkpoint:
         """The version, read and found to fit by every rank."""
-        refusal: DrafttrainError | None = None
+        refusal: Exception | None = None
         sha = ""
         try:
             new = self._read_by_now(version)
             sha = new.drafter.sha
             tp = self._worker.parallel_config.tensor_parallel_size
             check_tensors(new.where, new.verified.tensors, self._names(), self._drafter(), tp=tp)
-        except DrafttrainError as error:
+        except Exception as error:  # noqa: BLE001  raised below: the other ranks wait for this one
             refusal = error
         if all_agree(refusal is None, sha):
             return new
@@ -148,7 +148,7 @@ class Swapper:
     def _read_by_now(self, version: int) -> _Checkpoint:
         try:
             return self._reading(version).result()
-        except CheckpointError:
+        except Exception:
             self._prepared.pop(version, None)  # it may be mended
             raise
 
@@ -172,10 +172,13 @@ class Swapper:
         if all_agree(problem is None):
             self._loaded = new.drafter
             return
-        self._versions.drafter = DrafterVersion(None)  # should the restore fail as well
-        self._load(self._weights_to_serve())
-        self._versions.drafter = before
         reason = problem or "on another tensor-parallel rank"
+        try:
+            self._load(self._weights_to_serve())
+        except Exception as error:
+            self._versions.drafter = self._loaded = DrafterVersion(None)
+            lost = f"{before} could not be restored either: {error}"
+            raise EngineError(f"{failure}: {reason}; {lost}") from error
         raise EngineError(f"{failure}: {reason}; {before} is restored") from problem
 
     def _load(self, weights: Weights) -> None:
