@@ -119,15 +119,18 @@ def test_a_swap_takes_nothing_shared_off_its_device(
     assert dict(drafter.named_modules()) == dict(before)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_swapped_in_drafter_drafts_as_one_loaded_at_the_start(
-    engine: Any, policy: Path, registry: Registry
+    policy: Path, registry: Registry, dtype: str
 ) -> None:
-    assert "error" not in swap(engine, 2)
-    settings = {"registry": str(registry.root), "engine": "e1"}
-    started_with_it = make_engine(policy, registry.folder(2), settings)
-    assert status(started_with_it).drafter_version == 2
-    assert drafts(engine, 22) == drafts(started_with_it, 22)
-    assert swap(started_with_it, 1)["previous"] == 2
+    settings = {"registry": str(registry.root), "engine": dtype}
+    llm = make_engine(policy, registry.folder(2), settings, dtype=dtype)
+    assert status(llm).drafter_version == 2
+    expected = drafts(llm, 22)
+    assert swap(llm, 1)["previous"] == 2
+    assert drafts(llm, 22) != expected
+    assert swap(llm, 2)["previous"] == 1
+    assert drafts(llm, 22) == expected
 
 
 @pytest.mark.parametrize("position", [0, 2, 7, 14])

@@ -241,10 +241,10 @@ class Assembler:
         counters = self.counters
         if live.damaged:
             counters.damaged += 1
-        elif live.lost:
-            counters.dropped += 1
         elif not live.kept:
             counters.passed_over += 1
+        elif live.lost:
+            counters.dropped += 1
         elif self._segments is None or self._segments.layout is None or not live.captured.any():
             counters.uncaptured += 1
         else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +160,19 @@ class Swapper:
         verified = verify(folder, target)
         check_config(str(folder), verified.config, self._running_config())
         drafter = DrafterVersion(version, manifest.files[WEIGHTS])
-        return _Checkpoint(str(folder), verified, drafter)
+        return _Checkpoint(str(folder), self._converted(verified), drafter)
+
+    def _converted(self, verified: Verified) -> Verified:
+        """With matrices in the dtype the drafter runs in, so that loading only copies.
+
+        Vectors are few, and some models keep theirs in float32 whatever they run in.
+        """
+        dtype = self._speculative.draft_model_config.dtype
+        tensors = {
+            name: tensor.to(dtype) if tensor.is_floating_point() and tensor.dim() > 1 else tensor
+            for name, tensor in verified.tensors.items()
+        }
+        return replace(verified, tensors=tensors)
 
     def _load_or_restore(self, new: _Checkpoint, failure: str) -> None:
         before = self._versions.drafter
