@@ -15,7 +15,6 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 from threading import Event
-from typing import Any, Protocol
 
 import torch
 import watchfiles
@@ -32,32 +31,12 @@ from drafttrain.errors import ConfigError, EngineUnreachable
 from drafttrain.publishing import as_manifest_entry, publish_drafter, publish_folder
 from drafttrain.rollouts.record import Rollout
 from drafttrain.rollouts.replay import Replay
+from drafttrain.serving import Engine, bring_to
 from drafttrain.telemetry import EventLog
 from drafttrain.training.trainer import Trainer
 
 # How long to wait for a file event before looking anyway: an engine may have come back meanwhile.
 _LOOK_AGAIN_MS = 2000
-
-
-class Engine(Protocol):
-    """An engine as the sidecar sees it."""
-
-    url: str
-
-    def drafter_version(self) -> int | None:
-        """The registry version it serves.
-
-        Raises:
-            EngineError: unreachable, or without the plugin.
-        """
-
-    def swap(self, version: int) -> Any:
-        """Make it serve `version`; returns when it does.
-
-        Raises:
-            EngineUnreachable: no answer.
-            EngineError: refused, with the reason.
-        """
 
 
 class Sidecar:
@@ -196,15 +175,14 @@ class Sidecar:
         latest = self.registry.latest() or self.serving_version
         if latest != self.serving_version:  # someone rolled back, or published by hand
             self._serve(latest)
-        for engine in self.engines:
-            try:
-                if engine.drafter_version() == latest:
-                    continue
-                result = engine.swap(latest)
-            except EngineUnreachable as error:
-                self.events.append("engine_unreachable", engine=engine.url, reason=str(error))
-                continue
-            self.events.append("swapped", engine=engine.url, version=latest, seconds=result.seconds)
+        for brought in bring_to(self.engines, latest):
+            url, error = brought.url, brought.error
+            if isinstance(error, EngineUnreachable):
+                self.events.append("engine_unreachable", engine=url, reason=str(error))
+            elif error is not None:
+                raise error
+            elif brought.seconds is not None:
+                self.events.append("swapped", engine=url, version=latest, seconds=brought.seconds)
 
     def _open_registry(self) -> int:
         """The version that serves; an empty registry gets the configured drafter as its first."""

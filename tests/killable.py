@@ -55,7 +55,7 @@ class Workers:
             text=True,
             env={
                 **os.environ,
-                "PYTHONPATH": str(Path(__file__).parent),
+                "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
                 "OMP_NUM_THREADS": "1",
             },
         )

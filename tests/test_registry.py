@@ -11,13 +11,22 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from drafter_files import CONFIG, NOTHING, TARGET, make_tensors, write_drafter
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from killable import Workers
 
-from drafttrain.checkpoints.manifest import Acceptance, Lineage, Manifest, TargetFingerprint
+from drafttrain.checkpoints.manifest import (
+    Acceptance,
+    Lineage,
+    Manifest,
+    TargetFingerprint,
+    digest_of,
+)
 from drafttrain.checkpoints.registry import Registry
 from drafttrain.checkpoints.verify import verify
 from drafttrain.errors import CheckpointError
@@ -169,13 +178,56 @@ def test_a_manifest_that_lies_is_refused(registry: Registry, drafter: Path) -> N
         ("schema_version", None),
         ("surprise", 1),
     ):
-        path.write_text(json.dumps({**original, field: lie}))
+        path.write_text(json.dumps(sealed({**original, field: lie})))
         with pytest.raises(CheckpointError) as caught:
             verify(registry.folder(1), TARGET)
         assert (caught.value.where, caught.value.field) == (str(path), field)
-    path.write_text(json.dumps({**original, "version": 2}))
+    path.write_text(json.dumps(sealed({**original, "version": 2})))
     with pytest.raises(CheckpointError, match="version"):
         registry.manifest(1)
+
+
+def sealed(document: dict[str, Any]) -> dict[str, Any]:
+    """A manifest whose digest is right."""
+    rest = {key: value for key, value in document.items() if key != "digest"}
+    return {**rest, "digest": digest_of(rest)}
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_no_damaged_manifest_passes(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Truncated anywhere, or with any one bit flipped."""
+    root = tmp_path_factory.mktemp("registry")
+    registry = Registry(root / "registry")
+    publish(registry, write_drafter(root / "drafter"))
+    path = registry.folder(1) / "manifest.json"
+    content = bytearray(path.read_bytes())
+    cut = data.draw(st.none() | st.integers(0, len(content) - 3), label="cut")
+    if cut is None:
+        index = data.draw(st.integers(0, len(content) - 2))
+        content[index] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(content[:cut])
+    with pytest.raises(CheckpointError):
+        registry.manifest(1)
+
+
+def test_what_is_no_file_is_refused_without_waiting(registry: Registry, drafter: Path) -> None:
+    publish(registry, drafter)
+    for name in ("model.safetensors", "config.json", "manifest.json"):
+        path = registry.folder(1) / name
+        content = path.read_bytes()
+        path.unlink()
+        os.mkfifo(path)  # whoever opens it waits for a writer
+        with pytest.raises(CheckpointError):
+            verify(registry.folder(1), TARGET)
+        path.unlink()
+        path.write_bytes(content)
+    with (registry.folder(1) / "model.safetensors").open("r+b") as file:
+        file.truncate(1 << 40)  # sparse: hashing it would take an hour
+    with pytest.raises(CheckpointError, match="expected at most"):
+        verify(registry.folder(1), TARGET)
 
 
 def test_a_drafter_for_another_policy_is_refused(registry: Registry, drafter: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "drafttrain"
-FOUNDATION = {"errors", "config"}
+FOUNDATION = {"errors", "config", "tensorfile"}
 DATA = FOUNDATION | {"checkpoints", "rollouts"}
 LEARNING = DATA | {"drafters"}
 LOOPS = LEARNING | {"training", "control", "telemetry"}
@@ -22,6 +22,7 @@ PLUGIN = {"vllm", "fastapi", "starlette", "uvicorn"}
 TABLE: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
     "config": ({"errors"}, {"pydantic", "yaml"}),
+    "tensorfile": ({"errors"}, {"torch", "safetensors"}),
     "checkpoints": (FOUNDATION, TORCH),
     "rollouts": (FOUNDATION, TORCH | {"pyarrow", "msgpack", "jinja2"}),
     "drafters": (DATA, TORCH | {"transformers", "peft"}),
@@ -32,11 +33,12 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         {"numpy", "scipy", "pydantic", "yaml", "rich", "matplotlib"},
     ),
     "telemetry": (FOUNDATION, set()),
+    "serving": ({"errors"}, set()),
     "publishing": (LOOPS, TORCH),
     "opening": (LOOPS, TORCH),
     "evaluation": (LOOPS | {"opening"}, TORCH | {"rich"}),
     "pretrain": (LOOPS | {"publishing", "opening"}, TORCH | {"matplotlib", "rich"}),
-    "sidecar": (LOOPS | {"publishing"}, TORCH | {"watchfiles"}),
+    "sidecar": (LOOPS | {"publishing", "serving"}, TORCH | {"watchfiles"}),
     "integrations": (DATA, TORCH | PLUGIN | {"httpx"}),
 }
 UNBOUND = {"cli", "demo", "__main__", "__init__"}

@@ -1,11 +1,13 @@
 """What a drafter version says about itself: ``manifest.json``, beside its weights.
 
 The manifest is written once, by the registry, and never changed. It pins the bytes of the other
-files, names the policy the drafter fits, and tells where the drafter came from.
+files and, by a digest, its own content; it names the policy the drafter fits, and tells where the
+drafter came from.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -14,12 +16,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from drafttrain.config import explain
 from drafttrain.errors import CheckpointError
+from drafttrain.tensorfile import check_regular
 
 SCHEMA_VERSION: Final = 1
 FILE_NAME = "manifest.json"
+_DIGEST = "digest"
 
 # Far above any real config or manifest; a larger file is not read.
-_JSON_LIMIT = 16 << 20
+JSON_LIMIT = 16 << 20
 
 Kind = Literal["eagle3", "mtp", "draft_model"]
 Count = Annotated[int, Field(ge=0)]
@@ -136,13 +140,24 @@ class Manifest(Record):
         path = folder / FILE_NAME
         document = read_json(path)
         check_schema(document, path)
+        digest = document.pop(_DIGEST, None)
         try:
-            return cls.model_validate(document)
+            manifest = cls.model_validate(document)
         except ValidationError as error:
             raise explain(error, path, CheckpointError) from error
+        if digest != digest_of(document):
+            raise CheckpointError(path, _DIGEST, "is not that of the content; it was changed")
+        return manifest
 
     def to_json(self) -> str:
-        return self.model_dump_json(indent=2) + "\n"
+        """As the file has it: the fields, and :func:`digest_of` them."""
+        document = self.model_dump(mode="json")
+        return json.dumps({**document, _DIGEST: digest_of(document)}, indent=2) + "\n"
+
+
+def digest_of(document: dict[str, Any]) -> str:
+    """Hexadecimal SHA-256 of a manifest's fields, whatever their order and layout in the file."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def check_schema(document: dict[str, Any], path: Path) -> None:
@@ -165,15 +180,12 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, unreadable, too large, or not a JSON object.
     """
+    if check_regular(path, CheckpointError) > JSON_LIMIT:
+        raise CheckpointError(path, "file", f"larger than {JSON_LIMIT} bytes")
     try:
-        with path.open("rb") as file:
-            content = file.read(_JSON_LIMIT + 1)
-    except FileNotFoundError as error:
-        raise CheckpointError(path, "file", "missing") from error
+        content = path.read_bytes()
     except OSError as error:
         raise CheckpointError(path, "file", f"cannot be read: {error.strerror}") from error
-    if len(content) > _JSON_LIMIT:
-        raise CheckpointError(path, "file", f"larger than {_JSON_LIMIT} bytes")
     try:
         document: Any = json.loads(content)
     except (ValueError, RecursionError) as error:

@@ -149,12 +149,12 @@ class Registry:
             CheckpointError: it does not exist, or leads out of the registry.
         """
         path = self._path(version)
-        if not (path / FILE_NAME).is_file():
-            raise CheckpointError(self._home, f"version {version}", "does not exist")
         home = self.root.resolve() / self.name
         for part in (path, *(path / name for name in (*FILES, FILE_NAME))):
-            if not part.resolve().is_relative_to(home):
+            if not _resolved(part).is_relative_to(home):
                 raise CheckpointError(part, "link", "leads out of the registry")
+        if not (path / FILE_NAME).is_file():
+            raise CheckpointError(self._home, f"version {version}", "does not exist")
         return path
 
     def manifest(self, version: int) -> Manifest:
@@ -262,6 +262,13 @@ def _checked_name(root: str | Path, name: str) -> str:
     if not _NAME.fullmatch(name):
         raise CheckpointError(root, "name", f"{name!r:.80}, expected letters, digits, . _ and -")
     return name
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(path, "link", f"leads nowhere: {error}") from error
 
 
 def _unwritable(error: OSError) -> str:

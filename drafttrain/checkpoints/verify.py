@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from drafttrain.checkpoints.formats import (
@@ -25,12 +24,22 @@ from drafttrain.checkpoints.formats import (
     kind_of,
     with_defaults,
 )
-from drafttrain.checkpoints.manifest import FILE_NAME, Manifest, TargetFingerprint, read_json
+from drafttrain.checkpoints.manifest import (
+    FILE_NAME,
+    JSON_LIMIT,
+    Manifest,
+    TargetFingerprint,
+    read_json,
+)
 from drafttrain.errors import CheckpointError
+from drafttrain.tensorfile import check_regular, map_tensors
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 FILES = (CONFIG, WEIGHTS)
+
+# Far above any real drafter's; a longer one is not read.
+_HEADER_LIMIT = 4 << 20
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPES = {"d2t": (torch.int64,), "t2d": (torch.bool,)}
@@ -67,10 +76,13 @@ def verify(folder: str | Path, target: TargetFingerprint | None = None) -> Verif
         raise CheckpointError(folder, "folder", "missing; expected a drafter folder")
     manifest = Manifest.read(folder) if (folder / FILE_NAME).exists() else None
     if manifest is not None:
-        _check_hashes(folder, manifest)
+        _check_listed(folder, manifest)
+        _check_hash(folder / CONFIG, manifest, JSON_LIMIT)
     config = with_defaults(read_json(folder / CONFIG), folder / CONFIG)
     if target is not None:
         _check_target(folder, config, target, manifest)
+    if manifest is not None:
+        _check_hash(folder / WEIGHTS, manifest, _size_limit(config))
     tensors = read_tensors(folder / WEIGHTS)
     _check_tensors(folder / WEIGHTS, config, tensors)
     _check_draft_vocabulary(folder / WEIGHTS, config, tensors)
@@ -95,34 +107,37 @@ def sha256_of(path: Path) -> str:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Map a safetensors file.
 
-    safetensors itself refuses a header that is over 100 MB, longer than the file, or whose
-    offsets do not cover the rest of the file exactly.
-
     Raises:
         CheckpointError: missing, unreadable, or not a whole safetensors file.
     """
-    if not path.is_file():
-        raise CheckpointError(path, "file", "missing")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(path, "file", f"is not a whole safetensors file: {error}") from error
+    return map_tensors(path, CheckpointError, max_header=_HEADER_LIMIT)[0]
 
 
 def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _check_hashes(folder: Path, manifest: Manifest) -> None:
+def _check_listed(folder: Path, manifest: Manifest) -> None:
     if sorted(manifest.files) != sorted(FILES):
         problem = f"{sorted(manifest.files)!r:.200}, expected {sorted(FILES)}"
         raise CheckpointError(folder / FILE_NAME, "files", problem)
-    for name, expected in manifest.files.items():
-        found = sha256_of(folder / name)
-        if found != expected:
-            problem = f"{found}, but the manifest says {expected:.64}"
-            raise CheckpointError(folder / name, "sha256", problem)
+
+
+def _check_hash(path: Path, manifest: Manifest, size_limit: int) -> None:
+    size = check_regular(path, CheckpointError)
+    if size > size_limit:  # not read: a sparse file costs nothing to make
+        raise CheckpointError(path, "file", f"{size} bytes, expected at most {size_limit}")
+    found, expected = sha256_of(path), manifest.files[path.name]
+    if found != expected:
+        problem = f"{found}, but the manifest says {expected:.64}"
+        raise CheckpointError(path, "sha256", problem)
+
+
+def _size_limit(config: dict[str, Any]) -> int:
+    """Of the weights in bytes: every tensor in the widest dtype there is, and a header."""
+    expected = expected_tensors(config)
+    shapes = (*expected.required.values(), *expected.optional.values())
+    return 8 + _HEADER_LIMIT + sum(8 * math.prod(shape) for shape in shapes)
 
 
 def _check_manifest(
@@ -151,10 +166,13 @@ def _check_target(
         if config.get(field, expected) != expected:
             problem = f"{config[field]}, but the policy has {expected}"
             raise CheckpointError(folder / CONFIG, field, problem)
+    if manifest is not None:
+        for field in ("hidden_size", "vocab_size", "num_hidden_layers"):
+            found, expected = getattr(manifest.target, field), getattr(target, field)
+            if found != expected:
+                problem = f"{found}, but the policy has {expected}"
+                raise CheckpointError(folder / FILE_NAME, f"target.{field}", problem)
     layers = target.num_hidden_layers
-    if manifest is not None and manifest.target.num_hidden_layers != layers:
-        problem = f"{manifest.target.num_hidden_layers}, but the policy has {layers}"
-        raise CheckpointError(folder / FILE_NAME, "target.num_hidden_layers", problem)
     deepest = max(aux_layer_ids(config), default=0)
     if deepest > layers:
         problem = f"{deepest}, but the policy has {layers} layers"

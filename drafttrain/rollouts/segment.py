@@ -10,7 +10,7 @@ A safetensors file; T tokens of all N rollouts end to end, H hidden size, A aux 
     aux_hidden      [T, A, H]         absent without aux layers
     generated       bool [T]          absent when all completions were sampled as a whole
 
-and two entries of metadata: ``schema_version``, and ``segment``, the JSON of :class:`Header`.
+with the metadata of every spool file (see files.py) and ``segment``, the JSON of :class:`Header`.
 Reading maps the file; a rollout is a view of the map, which outlives the file's deletion.
 """
 
@@ -23,14 +23,19 @@ from typing import Annotated, Literal, overload
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from drafttrain.config import explain
 from drafttrain.errors import RolloutError
+from drafttrain.rollouts.files import (
+    SCHEMA_VERSION,
+    Parts,
+    check_tensor,
+    check_unchanged,
+    map_file,
+)
 from drafttrain.rollouts.record import FeatureLayout, Rollout
 
-SCHEMA_VERSION = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Count = Annotated[int, Field(ge=0)]
@@ -90,8 +95,8 @@ class Segment:
 
 def pack(
     rollouts: Sequence[Rollout], layout: FeatureLayout, engine: str, where: str | Path
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a segment with these rollouts.
+) -> tuple[dict[str, Parts], dict[str, str]]:
+    """Tensors, in parts, and metadata of a segment with these rollouts.
 
     Raises:
         RolloutError: they are not of one policy and drafter version, or do not fit `layout`;
@@ -112,17 +117,17 @@ def pack(
         )
     except ValidationError as error:
         raise explain(error, where, RolloutError) from error
-    tensors = _concatenate(rollouts, where)
-    _check_tensors(header, tensors, where)
-    metadata = {"schema_version": str(SCHEMA_VERSION), "segment": header.model_dump_json()}
-    return tensors, metadata
+    parts = _parts(rollouts, where)
+    _check_tensors(header, {name: _whole(parts[name], name, where) for name in parts}, where)
+    return parts, {"segment": header.model_dump_json()}
 
 
 def read_segment(path: Path) -> Segment:
-    """Map a segment and check everything but the hidden states' values.
+    """Map a segment and check everything.
 
     Raises:
-        RolloutError: missing, not whole, of a newer schema, or inconsistent; names the field.
+        RolloutError: missing, not whole, of a newer schema, inconsistent or changed; names the
+            field.
     """
     tensors, metadata = map_file(path)
     try:
@@ -130,6 +135,7 @@ def read_segment(path: Path) -> Segment:
     except ValidationError as error:
         raise explain(error, path, RolloutError) from error
     _check_tensors(header, tensors, path)
+    check_unchanged(tensors, metadata, path)
     return Segment(
         path=path,
         schema_version=SCHEMA_VERSION,
@@ -140,54 +146,6 @@ def read_segment(path: Path) -> Segment:
         rollouts=_Views(header, tensors),
         nbytes=sum(tensor.nbytes for tensor in tensors.values()),
     )
-
-
-def map_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Map a safetensors file of the spool: its tensors and its metadata.
-
-    safetensors itself refuses a header that is over 100 MB, longer than the file, or whose
-    offsets do not cover the rest of the file exactly.
-
-    Raises:
-        RolloutError: missing, not a whole safetensors file, or not of this schema.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise RolloutError(path, "file", "missing") from error
-    except (OSError, SafetensorError, ValueError) as error:
-        raise RolloutError(path, "file", f"is not a whole safetensors file: {error}") from error
-    found = metadata.get("schema_version", "")
-    if found != str(SCHEMA_VERSION):
-        newer = found.isdecimal() and len(found) < 10 and int(found) > SCHEMA_VERSION
-        advice = "; written by a newer drafttrain" if newer else ""
-        problem = f"{found!r:.40}, expected '{SCHEMA_VERSION}'{advice}"
-        raise RolloutError(path, "schema_version", problem)
-    return tensors, metadata
-
-
-def check_tensor(
-    tensors: dict[str, Tensor],
-    name: str,
-    shape: tuple[int, ...],
-    dtypes: Sequence[torch.dtype],
-    where: str | Path,
-) -> None:
-    """Hold one tensor against its shape and dtype.
-
-    Raises:
-        RolloutError: it is missing or has another shape or dtype.
-    """
-    if name not in tensors:
-        raise RolloutError(where, name, "missing")
-    found = tensors[name]
-    if tuple(found.shape) != shape:
-        raise RolloutError(where, name, f"shape {list(found.shape)}, expected {list(shape)}")
-    if found.dtype not in dtypes:
-        expected = " or ".join(str(dtype) for dtype in dtypes)
-        raise RolloutError(where, name, f"{found.dtype}, expected {expected}")
 
 
 class _Views(Sequence[Rollout]):
@@ -229,7 +187,7 @@ def _entry(rollout: Rollout) -> RolloutEntry:
     return RolloutEntry(**{name: getattr(rollout, name) for name in RolloutEntry.model_fields})
 
 
-def _concatenate(rollouts: Sequence[Rollout], where: str | Path) -> dict[str, Tensor]:
+def _parts(rollouts: Sequence[Rollout], where: str | Path) -> dict[str, Parts]:
     lengths = torch.tensor([0, *(rollout.length for rollout in rollouts)])
     aux = [rollout.aux_hidden for rollout in rollouts if rollout.aux_hidden is not None]
     if aux and len(aux) != len(rollouts):
@@ -240,16 +198,27 @@ def _concatenate(rollouts: Sequence[Rollout], where: str | Path) -> dict[str, Te
         if any(len(tensor) != rollout.length for tensor in rows):
             problem = f"features do not have its {rollout.length} rows"
             raise RolloutError(where, f"rollout {rollout.rollout_id}", problem)
-    tensors = {
-        "tokens": torch.cat([rollout.tokens for rollout in rollouts]),
-        "offsets": lengths.cumsum(0),
-        "prompt_lengths": torch.tensor([rollout.prompt_length for rollout in rollouts]),
-        "captured": torch.cat([rollout.captured for rollout in rollouts]),
-        "last_hidden": torch.cat([rollout.last_hidden for rollout in rollouts]),
+    parts: dict[str, Parts] = {
+        "tokens": [rollout.tokens for rollout in rollouts],
+        "offsets": [lengths.cumsum(0)],
+        "prompt_lengths": [torch.tensor([rollout.prompt_length for rollout in rollouts])],
+        "captured": [rollout.captured for rollout in rollouts],
+        "last_hidden": [rollout.last_hidden.contiguous() for rollout in rollouts],
     }
     if any(rollout.generated is not None for rollout in rollouts):
-        tensors["generated"] = torch.cat([rollout.sampled_runs > 0 for rollout in rollouts])
-    return tensors | ({"aux_hidden": torch.cat(aux)} if aux else {})
+        parts["generated"] = [rollout.sampled_runs > 0 for rollout in rollouts]
+    return parts | ({"aux_hidden": [tensor.contiguous() for tensor in aux]} if aux else {})
+
+
+def _whole(parts: Parts, name: str, where: str | Path) -> Tensor:
+    """The tensor the parts make; of hidden states, which are not checked, only its shape."""
+    kinds = {(tuple(part.shape[1:]), part.dtype) for part in parts}
+    if len(kinds) != 1:
+        raise RolloutError(where, name, "differs in shape or dtype between rollouts")
+    if not name.endswith("_hidden"):
+        return torch.cat(list(parts))
+    ((shape, dtype),) = kinds
+    return torch.empty((sum(map(len, parts)), *shape), dtype=dtype, device="meta")
 
 
 def _check_tensors(header: Header, tensors: dict[str, Tensor], where: str | Path) -> None:

@@ -24,21 +24,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
-
 from drafttrain.errors import RolloutError, SpoolError
+from drafttrain.rollouts.files import Parts, check_tensor, check_unchanged, map_file, save
 from drafttrain.rollouts.record import FeatureLayout, PolicyHead, Rollout
-from drafttrain.rollouts.segment import (
-    DTYPES,
-    SCHEMA_VERSION,
-    Segment,
-    check_tensor,
-    map_file,
-    pack,
-    read_segment,
-)
+from drafttrain.rollouts.segment import DTYPES, Segment, pack, read_segment
 
 _SEGMENT = re.compile(r"(\d{8,18})-([A-Za-z0-9._-]+)-(\d{8,18})\.safetensors")
 _HEAD = re.compile(r"(\d{8,18})\.safetensors")
@@ -114,14 +103,13 @@ class SpoolWriter:
             del tensors["lm_head"]
         if head.final_norm is not None:
             tensors["final_norm"] = head.final_norm
-        tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        parts: dict[str, Parts] = {name: [t.contiguous()] for name, t in tensors.items()}
         metadata = {
-            "schema_version": str(SCHEMA_VERSION),
             "policy_version": str(head.policy_version),
             "norm_eps": repr(float(head.norm_eps)),
         }
         path = _head_path(self.root, head.policy_version)
-        with self._writing(), self._finished(tensors, metadata) as file:
+        with self._writing(), self._finished(parts, metadata) as file:
             file.replace(path)
             _sync(self._heads)
             for version in SpoolReader(self.root).heads()[:-HEADS_KEPT]:
@@ -134,16 +122,11 @@ class SpoolWriter:
         return sum(size for _, size in sized(_segment_paths(self.root))) > self.max_bytes
 
     @contextmanager
-    def _finished(self, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Iterator[Path]:
+    def _finished(self, tensors: dict[str, Parts], metadata: dict[str, str]) -> Iterator[Path]:
         """A whole, synced file that has no name in the spool yet; gone afterwards."""
         file = self._own / "file"
         try:
-            # safetensors writes through a temporary file of its own in the same folder, which only
-            # its owner may read; the umask decides here.
-            file.touch()
-            mode = file.stat().st_mode
-            save_file(tensors, file, metadata=metadata)
-            file.chmod(mode)
+            save(file, tensors, metadata)
             _sync(file)
             yield file
         finally:
@@ -156,8 +139,6 @@ class SpoolWriter:
             yield
         except OSError as error:
             raise SpoolError(f"{self.root}: cannot be written: {error.strerror}") from error
-        except SafetensorError as error:
-            raise SpoolError(f"{self.root}: cannot be written: {error}") from error
 
 
 class SpoolReader:
@@ -175,10 +156,11 @@ class SpoolReader:
         return _segment_paths(self.root)
 
     def read(self, path: Path) -> Segment:
-        """Map a segment and check everything but the hidden states' values.
+        """Map a segment and check everything.
 
         Raises:
-            RolloutError: missing, not whole, of a newer schema, or inconsistent; names the field.
+            RolloutError: missing, not whole, of a newer schema, inconsistent or changed; names the
+                field.
         """
         segment = read_segment(path)
         match = _SEGMENT.fullmatch(path.name)
@@ -199,13 +181,14 @@ class SpoolReader:
             RolloutError: missing, damaged, or of a newer schema.
         """
         path = _head_path(self.root, policy_version)
-        tensors, metadata = map_file(path)
+        stored, metadata = map_file(path)
         if metadata.get("policy_version") != str(policy_version):
             raise RolloutError(path, "policy_version", f"expected {policy_version}")
         try:
             norm_eps = float(metadata["norm_eps"])
         except (KeyError, ValueError) as error:
             raise RolloutError(path, "norm_eps", "expected a number") from error
+        tensors = dict(stored)
         embed_tokens = tensors.get("embed_tokens")
         if embed_tokens is None or embed_tokens.ndim != 2 or not len(embed_tokens):
             raise RolloutError(path, "embed_tokens", "expected a tensor [V, H]")
@@ -214,6 +197,7 @@ class SpoolReader:
         for name in tensors:
             expected = shape[1:] if name == "final_norm" else shape
             check_tensor(tensors, name, expected, floats, path)
+        check_unchanged(stored, metadata, path)
         return PolicyHead(
             policy_version, embed_tokens, tensors["lm_head"], tensors.get("final_norm"), norm_eps
         )

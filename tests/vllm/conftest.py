@@ -56,13 +56,13 @@ def registry(folder: Path, policy: Path, reference: Any) -> Registry:
     return registry
 
 
-def publish(registry: Registry, drafter: Path, policy: Path) -> int:
+def publish(registry: Registry, drafter: Path, policy: Path, parent: int | None = None) -> int:
     lineage = Lineage(policy_versions=[0], rollouts=0, tokens=0, optimizer_steps=0)
     manifest = registry.publish(
         drafter,
         kind="eagle3",
         target=TargetFingerprint.from_folder(policy),
-        parent=None,
+        parent=parent,
         lineage=lineage,
         acceptance=None,
     )

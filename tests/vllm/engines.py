@@ -22,30 +22,31 @@ _kept: list[Any] = []
 def make_engine(policy: Path, drafter: Path | None, settings: dict[str, Any] | None, **more: Any):
     from vllm import LLM
 
-    speculative = more.pop("speculative_config", {})
     if drafter is not None:
         more["speculative_config"] = {
             "method": "eagle3",
             "model": str(drafter),
             "num_speculative_tokens": 3,
-            **speculative,
+            **more.get("speculative_config", {}),
         }
     if settings is not None:
         more["additional_config"] = {"drafttrain": settings}
+    defaults = {
+        "dtype": "float32",
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 64,  # long prompts come in chunks
+        "distributed_executor_backend": "uni",
+        "skip_tokenizer_init": True,
+    }
     llm = LLM(
         str(policy),
-        dtype=more.pop("dtype", "float32"),
         enforce_eager=True,
         max_model_len=256,
-        max_num_seqs=16,
-        max_num_batched_tokens=64,  # long prompts come in chunks
         block_size=32,
         seed=0,
-        distributed_executor_backend="uni",
         disable_log_stats=False,
-        skip_tokenizer_init=True,
         num_gpu_blocks_override=200,
-        **more,
+        **(defaults | more),
     )
     _kept.append(llm)
     return llm

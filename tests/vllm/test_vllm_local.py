@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +21,7 @@ from tiny_models import make_drafter, random_drafter
 from drafttrain.checkpoints.registry import Registry
 from drafttrain.errors import EngineError, EngineUnreachable
 from drafttrain.integrations.vllm.client import EngineClient
-from drafttrain.integrations.vllm.local import EngineServer, serve_engine
+from drafttrain.integrations.vllm.local import EngineServer, serve_engine, turnstile_of
 from drafttrain.integrations.vllm.turnstile import Turnstile
 
 
@@ -149,7 +152,7 @@ def test_the_empty_step_that_settles_is_part_of_the_turn(
     step, owners = core.step_fn, []
 
     def watched() -> Any:
-        owners.append(server._turnstile._owner)
+        owners.append(turnstile_of(engine.llm_engine)._owner)
         return step()
 
     monkeypatch.setattr(core, "step_fn", watched)
@@ -200,3 +203,59 @@ def test_a_version_published_later_can_be_swapped_in(
     version = publish(registry, make_drafter(tmp_path / "later", random_drafter(9)), policy)
     assert client.swap(version).version == version
     assert client.swap(1).previous == version
+
+
+# In a process of its own: an AsyncLLM always starts an engine process, which imports the main
+# module again.
+ASYNC = """
+import asyncio, json, sys
+
+async def main(policy, drafter, registry, prompt, expected):
+    from vllm import SamplingParams
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from drafttrain.integrations.vllm.client import EngineClient
+    from drafttrain.integrations.vllm.local import serve_engine
+
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(
+        model=policy, dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=8,
+        block_size=32, skip_tokenizer_init=True, num_gpu_blocks_override=200,
+        speculative_config={"method": "eagle3", "model": drafter, "num_speculative_tokens": 3},
+        additional_config={"drafttrain": {"registry": registry, "engine": "async"}},
+    ))
+    params = SamplingParams(temperature=0, max_tokens=len(expected), detokenize=False)
+
+    async def complete(name):
+        async for output in engine.generate({"prompt_token_ids": prompt}, params, name):
+            tokens = list(output.outputs[0].token_ids)
+        return tokens
+
+    with serve_engine(engine) as server:
+        client = EngineClient(server.url)
+        running = [asyncio.create_task(complete(f"r{i}")) for i in range(4)]
+        swapped = [(await asyncio.to_thread(client.swap, 1 + i % 2)).version for i in range(4)]
+        direct = (await asyncio.to_thread(server.swap, 1)).previous
+        outputs = await asyncio.gather(*running)
+        serving = (await asyncio.to_thread(server.status)).drafter_version
+    engine.shutdown()
+    print(json.dumps([swapped, direct, serving, all(o == expected for o in outputs)]))
+
+if __name__ == "__main__":
+    asyncio.run(main(*json.loads(sys.argv[1])))
+"""
+
+
+def test_an_async_engine_is_swapped_while_it_generates(
+    policy: Path, start_drafter: Path, registry: Registry, plain_engine: Any, tmp_path: Path
+) -> None:
+    (prompt,) = prompts([14], salt=44)
+    (expected,) = generate(plain_engine, [prompt], greedy(120))
+    (tmp_path / "main.py").write_text(ASYNC)
+    given = [str(policy), str(start_drafter), str(registry.root), prompt, expected]
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "main.py"), json.dumps(given)],
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == [[1, 2, 1, 2], 2, 1, True]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -118,15 +119,18 @@ def test_a_swap_takes_nothing_shared_off_its_device(
     assert dict(drafter.named_modules()) == dict(before)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_swapped_in_drafter_drafts_as_one_loaded_at_the_start(
-    engine: Any, policy: Path, registry: Registry
+    policy: Path, registry: Registry, dtype: str
 ) -> None:
-    assert "error" not in swap(engine, 2)
-    settings = {"registry": str(registry.root), "engine": "e1"}
-    started_with_it = make_engine(policy, registry.folder(2), settings)
-    assert status(started_with_it).drafter_version == 2
-    assert drafts(engine, 22) == drafts(started_with_it, 22)
-    assert swap(started_with_it, 1)["previous"] == 2
+    settings = {"registry": str(registry.root), "engine": dtype}
+    llm = make_engine(policy, registry.folder(2), settings, dtype=dtype)
+    assert status(llm).drafter_version == 2
+    expected = drafts(llm, 22)
+    assert swap(llm, 1)["previous"] == 2
+    assert drafts(llm, 22) != expected
+    assert swap(llm, 2)["previous"] == 1
+    assert drafts(llm, 22) == expected
 
 
 @pytest.mark.parametrize("position", [0, 2, 7, 14])
@@ -270,5 +274,64 @@ def test_a_version_is_read_while_the_engine_generates(engine: Any) -> None:
     assert ready[-1]
     assert ready == sorted(ready)
     assert swap(engine, 2)["version"] == 2
-    (refused,) = engine.collective_rpc("drafttrain_prepare", args=(999,))
+    replies = (engine.collective_rpc("drafttrain_prepare", args=(999,))[0] for _ in count())
+    refused = next(reply for reply in replies if reply.get("ready") is not False)
     assert refused["status"] == 422
+
+
+def overwrite_drafter(llm: Any) -> None:
+    """What a level-2 sleep leaves of the weights that are not preserved."""
+    policys = {id(p) for p in worker_of(llm).model_runner.get_model().parameters()}
+    for layer in drafter_of(llm).modules():
+        for parameter in layer.parameters(recurse=False):
+            if id(parameter) not in policys and parameter.is_floating_point():
+                parameter.data.fill_(0.3)
+
+
+def test_a_sleep_that_empties_the_memory_gets_the_drafter_back(
+    engine: Any, policy: Path, tmp_path: Path
+) -> None:
+    """vLLM's CPU worker takes sleep and wake-up and does nothing: the loss is made by hand."""
+    assert "error" not in swap(engine, 2)
+    before = drafts(engine, 28)
+    engine.collective_rpc("sleep", kwargs={"level": 2})
+    overwrite_drafter(engine)
+    engine.collective_rpc("reload_weights", kwargs={"weights_path": str(policy)})
+    engine.collective_rpc("wake_up", kwargs={"tags": ["kv_cache"]})
+    engine.collective_rpc("wake_up", kwargs={"tags": ["weights"]})
+    assert drafts(engine, 28) == before
+    assert status(engine).drafter_version == 2
+
+
+def test_a_swap_during_a_sleep_is_loaded_on_waking(engine: Any) -> None:
+    assert "error" not in swap(engine, 1)
+    one = drafts(engine, 29)
+    assert "error" not in swap(engine, 2)
+    two = drafts(engine, 29)
+    for level in (1, 2):
+        engine.collective_rpc("sleep", kwargs={"level": level})
+        weights = {name: p.clone() for name, p in drafter_of(engine).named_parameters()}
+        assert swap(engine, 1)["version"] == 1
+        assert all(torch.equal(weights[n], p) for n, p in drafter_of(engine).named_parameters())
+        engine.collective_rpc("wake_up")
+        assert drafts(engine, 29) == one
+        assert swap(engine, 2)["previous"] == 1
+        assert drafts(engine, 29) == two
+
+
+def test_a_drafter_that_cannot_come_back_is_said_and_not_raised(
+    engine: Any, monkeypatch: pytest.MonkeyPatch, plain_engine: Any
+) -> None:
+    def fail(weights: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    swapper = worker_of(engine)._drafttrain._swapper
+    batch = prompts([7, 19], salt=30)
+    with monkeypatch.context() as patch:
+        patch.setattr(swapper, "_load", fail)
+        engine.collective_rpc("sleep", kwargs={"level": 2})
+        overwrite_drafter(engine)
+        engine.collective_rpc("wake_up")
+    assert status(engine).drafter_version is None
+    assert generate(engine, batch, greedy(20)) == generate(plain_engine, batch, greedy(20))
+    assert swap(engine, 2)["previous"] is None

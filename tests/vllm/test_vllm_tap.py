@@ -37,6 +37,12 @@ def assert_rows_are_the_policys(rollouts: list[Rollout], reference: Any) -> None
             assert_close(rollout.aux_hidden[rows][:, index], states[layer][0][rows])
 
 
+def assert_mostly_captured(rollout: Rollout) -> None:
+    """Only the prefix cache (whole blocks of 32) and the last token leave rows out."""
+    completion = rollout.captured[rollout.prompt_length : -1]
+    assert completion.all()
+
+
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
@@ -65,10 +71,7 @@ def test_rows_tokens_and_counts_match_under_speculation(
         assert rollout.temperature == pytest.approx(0.8)
         assert rollout.drafter_version == drafter_version
         assert rollout.rounds <= rollout.drafted <= 3 * rollout.rounds
-        # Only the prefix cache (whole blocks of 32) and the last token leave rows out.
-        missing = (~rollout.captured).nonzero()[:, 0].tolist()
-        assert missing[-1] == rollout.length - 1 or rollout.captured[-1]
-        assert all(position < rollout.prompt_length for position in missing[:-1])
+        assert_mostly_captured(rollout)
         if rollout.length < 256:  # close to the limit there are no drafts
             # A round yields its accepted drafts and one token; the prefill yielded the first.
             assert rollout.completion_length - 1 <= rollout.rounds + rollout.accepted
@@ -284,3 +287,39 @@ def test_a_dead_thread_costs_rollouts_and_not_the_engine(
     assert not reply["tap"]["capturing"]
     assert "thread has ended" in reply["tap"]["unavailable"]
     assert len(printed) == 1
+
+
+def test_a_window_keeps_its_rows_and_no_others(
+    policy: Path, start_drafter: Path, reference: Any, tmp_path: Path
+) -> None:
+    settings = {"spool": str(tmp_path), "engine": "window", "window_tokens": 20}
+    llm = make_engine(policy, start_drafter, settings)
+    new, batch = Rollouts(tmp_path), prompts([30, 31, 32, 33, 34, 35], salt=16)
+    completions = generate(llm, batch, sampled(1.0, 60))
+    status(llm)
+    rollouts = new.read()
+    for rollout in rollouts:
+        rows = rollout.captured.nonzero()[:, 0]
+        assert 0 < len(rows) <= 20
+        assert int(rows[-1] - rows[0]) == len(rows) - 1
+        assert len(rows) == 20 or rows[-1] == rollout.length - 2
+    assert len({int(r.captured.nonzero()[0]) for r in rollouts}) > 2
+    assert len(rollouts) + status(llm).tap.uncaptured == len(batch)
+    whole = [prompt + completion for prompt, completion in zip(batch, completions, strict=True)]
+    assert all(tokens in whole for tokens in tokens_of(rollouts))
+    assert_rows_are_the_policys(rollouts, reference)
+
+
+def test_a_budget_passes_requests_over_and_never_waits(
+    policy: Path, start_drafter: Path, tmp_path: Path
+) -> None:
+    settings = {"spool": str(tmp_path), "engine": "budget", "max_bytes_per_second": 1000}
+    llm = make_engine(policy, start_drafter, settings)
+    batch = prompts([30] * 12, salt=17)
+    generate(llm, batch, greedy(8))
+    generate(llm, batch, greedy(8))
+    tap = status(llm).tap
+    assert tap.passed_over > 0
+    assert tap.written > 0
+    assert tap.written + tap.passed_over == 24
+    assert tap.dropped == 0

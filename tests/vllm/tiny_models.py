@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,35 @@ ROPE_THETA = 10000.0
 MAX_LENGTH = 256
 
 
-def make_policy(folder: Path, seed: int = 0) -> Path:
+@dataclass(frozen=True)
+class Size:
+    """Of a policy and its drafters; vocabulary, head size and length are always those above."""
+
+    hidden: int = HIDDEN
+    layers: int = LAYERS
+    inner: int = INNER
+
+    @property
+    def heads(self) -> int:
+        return self.hidden // HEAD_DIM
+
+
+TINY = Size()
+# As the demo's policy: deep and narrow, so that an engine's step costs time as a large one's does.
+DEEP = Size(hidden=128, layers=24, inner=256)
+
+
+def make_policy(folder: Path, seed: int = 0, size: Size = TINY) -> Path:
     """A random Qwen3 with enough spread in its logits that sampling means something."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=INNER,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=2,
+        hidden_size=size.hidden,
+        intermediate_size=size.inner,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
         num_key_value_heads=1,
         head_dim=HEAD_DIM,
         max_position_embeddings=MAX_LENGTH,
@@ -42,9 +61,10 @@ def make_policy(folder: Path, seed: int = 0) -> Path:
         model.model.norm.weight.uniform_(0.5, 1.5)
         # The last token mostly decides the next: what a small drafter can guess.
         model.model.embed_tokens.weight *= 10
+        damped = 0.12 / size.layers**0.5
         for layer in model.model.layers:
-            layer.self_attn.o_proj.weight *= 0.06
-            layer.mlp.down_proj.weight *= 0.06
+            layer.self_attn.o_proj.weight *= damped
+            layer.mlp.down_proj.weight *= damped
     model.save_pretrained(folder)
     return folder
 
@@ -55,7 +75,9 @@ def load_policy(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def make_drafter(folder: Path, tensors: dict[str, Tensor] | None = None, **config: Any) -> Path:
+def make_drafter(
+    folder: Path, tensors: dict[str, Tensor] | None = None, size: Size = TINY, **config: Any
+) -> Path:
     """An eagle3 drafter in vLLM's raw layout; random unless ``tensors`` are given."""
     folder.mkdir(parents=True, exist_ok=True)
     document = {
@@ -63,12 +85,12 @@ def make_drafter(folder: Path, tensors: dict[str, Tensor] | None = None, **confi
         "model_type": "llama",
         "vocab_size": VOCAB,
         "draft_vocab_size": VOCAB,
-        "hidden_size": HIDDEN,
-        "target_hidden_size": HIDDEN,
-        "intermediate_size": INNER,
+        "hidden_size": size.hidden,
+        "target_hidden_size": size.hidden,
+        "intermediate_size": size.inner,
         "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.heads,
         "head_dim": HEAD_DIM,
         "max_position_embeddings": MAX_LENGTH,
         "rms_norm_eps": 1e-6,
@@ -83,29 +105,30 @@ def make_drafter(folder: Path, tensors: dict[str, Tensor] | None = None, **confi
         **config,
     }
     (folder / "config.json").write_text(json.dumps(document))
-    save_file(tensors or random_drafter(0), folder / "model.safetensors")
+    save_file(tensors or random_drafter(0, size), folder / "model.safetensors")
     return folder
 
 
-def random_drafter(seed: int) -> dict[str, Tensor]:
+def random_drafter(seed: int, size: Size = TINY) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
+    hidden, inner = size.hidden, size.inner
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator) * 0.05
 
     norms = ("input_layernorm", "hidden_norm", "post_attention_layernorm")
     return {
-        "fc.weight": normal(HIDDEN, 3 * HIDDEN),
-        **{f"midlayer.{name}.weight": torch.ones(HIDDEN) for name in norms},
-        "midlayer.self_attn.q_proj.weight": normal(2 * HEAD_DIM, 2 * HIDDEN),
-        "midlayer.self_attn.k_proj.weight": normal(2 * HEAD_DIM, 2 * HIDDEN),
-        "midlayer.self_attn.v_proj.weight": normal(2 * HEAD_DIM, 2 * HIDDEN),
-        "midlayer.self_attn.o_proj.weight": normal(HIDDEN, 2 * HEAD_DIM),
-        "midlayer.mlp.gate_proj.weight": normal(INNER, HIDDEN),
-        "midlayer.mlp.up_proj.weight": normal(INNER, HIDDEN),
-        "midlayer.mlp.down_proj.weight": normal(HIDDEN, INNER),
-        "norm.weight": torch.ones(HIDDEN),
-        "lm_head.weight": normal(VOCAB, HIDDEN),
+        "fc.weight": normal(hidden, 3 * hidden),
+        **{f"midlayer.{name}.weight": torch.ones(hidden) for name in norms},
+        "midlayer.self_attn.q_proj.weight": normal(hidden, 2 * hidden),
+        "midlayer.self_attn.k_proj.weight": normal(hidden, 2 * hidden),
+        "midlayer.self_attn.v_proj.weight": normal(hidden, 2 * hidden),
+        "midlayer.self_attn.o_proj.weight": normal(hidden, hidden),
+        "midlayer.mlp.gate_proj.weight": normal(inner, hidden),
+        "midlayer.mlp.up_proj.weight": normal(inner, hidden),
+        "midlayer.mlp.down_proj.weight": normal(hidden, inner),
+        "norm.weight": torch.ones(hidden),
+        "lm_head.weight": normal(VOCAB, hidden),
     }
 
 
@@ -115,15 +138,82 @@ def bigram_drafter(policy: Any) -> dict[str, Tensor]:
     Attention looks sharply at its own position and passes the embedding through; features are
     ignored.
     """
-    identity, nothing = torch.eye(HIDDEN), torch.zeros(HIDDEN, HIDDEN)
+    config = policy.config
+    size = Size(config.hidden_size, config.num_hidden_layers, config.intermediate_size)
+    identity, nothing = torch.eye(size.hidden), torch.zeros(size.hidden, size.hidden)
     embedding = torch.cat([identity, nothing], dim=1)
-    return random_drafter(0) | {
-        "fc.weight": torch.zeros(HIDDEN, 3 * HIDDEN),
+    return random_drafter(0, size) | {
+        "fc.weight": torch.zeros(size.hidden, 3 * size.hidden),
         "midlayer.self_attn.q_proj.weight": 5 * embedding,
         "midlayer.self_attn.k_proj.weight": 5 * embedding,
         "midlayer.self_attn.v_proj.weight": embedding,
         "midlayer.self_attn.o_proj.weight": identity,
-        "midlayer.mlp.down_proj.weight": torch.zeros(HIDDEN, INNER),
+        "midlayer.mlp.down_proj.weight": torch.zeros(size.hidden, size.inner),
         "norm.weight": policy.model.norm.weight.detach().clone(),
         "lm_head.weight": policy.lm_head.weight.detach().clone(),
     }
+
+
+def make_causal(folder: Path, tensors: dict[str, Tensor], like: Path) -> Path:
+    """A small model as a drafter: the configuration of another folder, and these tensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_bytes((like / "config.json").read_bytes())
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def make_mimo(folder: Path, seed: int = 0) -> Path:
+    """A random MiMo policy: a Qwen2 trunk with one MTP layer."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=MAX_LENGTH,
+        tie_word_embeddings=False,
+        rope_theta=ROPE_THETA,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    model = Qwen2ForCausalLM(config).eval()
+    with torch.no_grad():
+        model.model.norm.weight.uniform_(0.5, 1.5)
+    model.save_pretrained(folder)
+    document = json.loads((folder / "config.json").read_text())
+    document |= {"architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1}
+    (folder / "config.json").write_text(json.dumps(document))
+    trunk = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(trunk | mimo_head(seed), folder / "model.safetensors")
+    return folder
+
+
+def mimo_head(seed: int) -> dict[str, Tensor]:
+    """Random tensors of its MTP layer, which is what a drafter folder of kind mtp holds."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator) * 0.05
+
+    prefix = "model.mtp_layers.0."
+    norms = ("token", "hidden", "final", "input", "post_attention")
+    tensors = {f"{prefix}{name}_layernorm.weight": torch.ones(HIDDEN) for name in norms}
+    for name, rows, columns in (
+        ("input_proj", HIDDEN, 2 * HIDDEN),
+        ("self_attn.q_proj", 2 * HEAD_DIM, HIDDEN),
+        ("self_attn.k_proj", HEAD_DIM, HIDDEN),
+        ("self_attn.v_proj", HEAD_DIM, HIDDEN),
+        ("self_attn.o_proj", HIDDEN, 2 * HEAD_DIM),
+        ("mlp.gate_proj", INNER, HIDDEN),
+        ("mlp.up_proj", INNER, HIDDEN),
+        ("mlp.down_proj", HIDDEN, INNER),
+    ):
+        tensors[f"{prefix}{name}.weight"] = normal(rows, columns)
+        if name.endswith(("q_proj", "k_proj", "v_proj")):
+            tensors[f"{prefix}{name}.bias"] = normal(rows)
+    return tensors

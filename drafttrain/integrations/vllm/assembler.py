@@ -14,17 +14,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from drafttrain.integrations.vllm.counters import Counters
 from drafttrain.integrations.vllm.live import Bytes, LiveRequest
 from drafttrain.integrations.vllm.segments import Segments
+from drafttrain.integrations.vllm.selection import Selection
 from drafttrain.integrations.vllm.settings import EngineSettings
 from drafttrain.integrations.vllm.steps import DeviceSampled, Ended, HeadTaken, Step
 from drafttrain.rollouts.spool import SpoolWriter
 
 # Steps gather this long before the thread takes them: each time it wakes, the engine's thread may
 # have to wait for the interpreter lock.
-_GATHER_SECONDS = 0.02
+_GATHER_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,7 @@ class Assembler:
         self._engine = engine
         self._max_model_len = max_model_len
         self._max_bytes = settings.max_buffer_bytes
+        self._selection = Selection(settings)
         self._segments = None if writer is None else Segments(writer, settings, self.counters)
         self._queue: queue.SimpleQueue[Item] = queue.SimpleQueue()
         self._put_bytes = self._taken_bytes = 0  # each written by one thread only: no lock
@@ -148,10 +151,11 @@ class Assembler:
     def _take_step(self, step: Step) -> None:
         for request in step.new_requests:
             self._open(request, step.drafter_version)
-        rows = self._bytes_of(step)
+        rows = None if step.rows is None else _bytes_of(step.rows.wait())
         lists = step.sampled.lists() if isinstance(step.sampled, DeviceSampled) else step.sampled
         drafts = step.drafts or [0] * len(step.req_ids)
-        batch = zip(step.req_ids, step.scheduled, drafts, step.starts.tolist(), lists, strict=True)
+        starts = step.starts.wait().tolist()
+        batch = zip(step.req_ids, step.scheduled, drafts, starts, lists, strict=True)
         offset = 0
         for req_id, scheduled, drafted, start, sampled in batch:
             live = self._live.get(req_id)
@@ -159,21 +163,15 @@ class Assembler:
                 # len(sampled) - 1 of the drafts were accepted; a rejected one's row is of no token.
                 rejected = drafted - max(len(sampled) - 1, 0) if drafted else 0
                 end = offset + scheduled - rejected
-                if rows is not None and not live.lost:
+                if rows is not None and live.kept and not live.lost:
                     self._keep_rows(live, start, rows[offset:end], step.policy_version)
                 elif step.lost:
                     self._lose_rows(live)
                 self._advance(live, step, start + end - offset, drafted, sampled)
             offset += scheduled
-
-    def _bytes_of(self, step: Step) -> Bytes | None:
-        """[N, bytes of a row]: bytes, because numpy knows no bfloat16."""
-        if step.rows is None:
-            return None
-        tensor = step.rows.wait()
-        self._taken_bytes += tensor.nbytes
-        rows: Bytes = tensor.flatten(1).view(torch.uint8).numpy()
-        return rows
+        if step.rows is not None:
+            self._taken_bytes += step.rows.tensor.nbytes
+            step.rows.release()
 
     def _open(self, request: Any, drafter_version: int | None) -> None:
         """Follows a new request, unless more than its token ids determines its states."""
@@ -189,13 +187,16 @@ class Assembler:
         ):
             self.counters.skipped += 1
             return
-        self._live[request.req_id] = LiveRequest(
+        live = LiveRequest(
             request.req_id,
             request.prompt_token_ids,
             request.sampling_params,
             self._max_model_len,
             drafter_version,
         )
+        live.kept = self._selection.keeps(live.group)
+        live.window = self._selection.window(live.req_id, live.max_length)
+        self._live[request.req_id] = live
         self.counters.requests[drafter_version] += 1
 
     def _keep_rows(self, live: LiveRequest, start: int, rows: Bytes, policy_version: int) -> None:
@@ -203,8 +204,10 @@ class Assembler:
         if held + rows.nbytes > self._max_bytes:
             self._lose_rows(live)
             return
+        before = live.held_bytes
         live.write_rows(start, rows, policy_version)
-        self._live_bytes += rows.nbytes
+        self._live_bytes += live.held_bytes - before
+        self._selection.spend(live.held_bytes - before)
 
     def _lose_rows(self, live: LiveRequest) -> None:
         self._live_bytes -= live.held_bytes
@@ -238,6 +241,8 @@ class Assembler:
         counters = self.counters
         if live.damaged:
             counters.damaged += 1
+        elif not live.kept:
+            counters.passed_over += 1
         elif live.lost:
             counters.dropped += 1
         elif self._segments is None or self._segments.layout is None or not live.captured.any():
@@ -246,3 +251,9 @@ class Assembler:
             rollout_id = f"{self._engine}:{live.req_id}"
             rollout = live.rollout(rollout_id, self._segments.layout, reason)
             self._segments.add(rollout, live.held_bytes)
+
+
+def _bytes_of(rows: Tensor) -> Bytes:
+    """[N, 1 + A, bytes of a state]: bytes, because numpy knows no bfloat16."""
+    as_bytes: Bytes = rows.view(torch.uint8).numpy()
+    return as_bytes

@@ -47,13 +47,16 @@ class Counters:
     damaged: int = 0
     skipped: int = 0
     uncaptured: int = 0
+    passed_over: int = 0
 
     def versions(self) -> list[VersionAcceptance]:
         return [
             VersionAcceptance(
                 drafter_version=version,
                 requests=self.requests[version],
-                **rounds.message().model_dump(),
+                rounds=rounds.rounds,
+                drafted=rounds.drafted,
+                accepted_per_position=list(rounds.accepted_per_position),
             )
             for version, rounds in list(self.by_version.items())
         ]

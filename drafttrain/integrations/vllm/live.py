@@ -38,6 +38,7 @@ class LiveRequest:
         max_model_len: int,
         drafter_version: int | None,
     ) -> None:
+        """Args: as vLLM's ``NewRequestData`` has them, and the drafter version that serves."""
         self.req_id = req_id
         self.sampling_params = sampling_params
         self.tokens = list(prompt)
@@ -49,11 +50,15 @@ class LiveRequest:
         self.policy_version = 0
         self.rounds = self.drafted = self.accepted = 0
         self.one_drafter = True
+        self.group = prompt_group(prompt)
+        self.kept = True
+        self.window = (0, self.max_length)
         self.lost = self.damaged = False
         self.held_bytes = 0
         self.captured = np.zeros(self.max_length, dtype=np.bool_)
         self._max_model_len = max_model_len
-        self._rows: Bytes | None = None
+        self._last: Bytes | None = None
+        self._aux: Bytes | None = None
         self._stops = {sampling_params.eos_token_id, *(sampling_params.stop_token_ids or ())}
         self._watch_repetition = sampling_params.repetition_detection is not None
 
@@ -66,23 +71,29 @@ class LiveRequest:
         return len(self.output_token_ids)
 
     def write_rows(self, start: int, rows: Bytes, policy_version: int) -> None:
-        """Rows of positions ``start`` on, each as bytes; writing a position again replaces it."""
-        if self._rows is None:
-            # Zeros are not committed by the operating system before they are written to.
-            self._rows = np.zeros((self.max_length, rows.shape[1]), dtype=np.uint8)
+        """Rows [n, 1 + A, bytes of a state] of positions ``start`` on, as far as they are in the
+        window; writing a position again replaces it."""
+        first, end = max(start, self.window[0]), min(start + len(rows), self.window[1])
         if policy_version != self.policy_version:
             self.captured[:] = False
             self.policy_version = policy_version
-        end = min(start + len(rows), self.max_length)
-        if end > start:
-            self._rows[start:end] = rows[: end - start]
-            self.captured[start:end] = True
-            self.held_bytes += rows.nbytes
+        if end <= first:
+            return
+        if self._last is None or self._aux is None:
+            # Zeros are not committed by the operating system before they are written to.
+            _, states, width = rows.shape
+            self._last = np.zeros((self.max_length, width), dtype=np.uint8)
+            self._aux = np.zeros((self.max_length, states - 1, width), dtype=np.uint8)
+        rows = rows[first - start : end - start]
+        self._last[first:end] = rows[:, 0]
+        self._aux[first:end] = rows[:, 1:]
+        self.captured[first:end] = True
+        self.held_bytes += rows.nbytes
 
     def lose_rows(self) -> None:
         self.lost = True
         self.held_bytes = 0
-        self._rows = None
+        self._last = self._aux = None
         self.captured[:] = False
 
     def append(self, sampled: list[int]) -> str | None:
@@ -111,21 +122,18 @@ class LiveRequest:
     def rollout(self, rollout_id: str, layout: FeatureLayout, reason: str | None) -> Rollout:
         """The finished rollout; its tensors view this request's buffers."""
         length = self.num_tokens
-        assert self._rows is not None
-        states = 1 + len(layout.layer_ids)
-        features = (
-            torch.from_numpy(self._rows[:length])
-            .view(getattr(torch, layout.dtype))
-            .view(length, states, layout.hidden_size)
-        )
+        assert self._last is not None
+        assert self._aux is not None
+        dtype = getattr(torch, layout.dtype)
+        aux = torch.from_numpy(self._aux[:length]).view(dtype) if layout.layer_ids else None
         return Rollout(
             rollout_id=rollout_id,
-            group=prompt_group(self.tokens[: self.prompt_length]),
+            group=self.group,
             tokens=torch.tensor(self.tokens, dtype=torch.int32),
             prompt_length=self.prompt_length,
             captured=torch.from_numpy(self.captured[:length]),
-            last_hidden=features[:, 0],
-            aux_hidden=features[:, 1:] if states > 1 else None,
+            last_hidden=torch.from_numpy(self._last[:length]).view(dtype),
+            aux_hidden=aux,
             policy_version=self.policy_version,
             drafter_version=self.drafter_version,
             temperature=float(self.sampling_params.temperature),

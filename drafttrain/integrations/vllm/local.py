@@ -1,15 +1,19 @@
-"""The control routes for an in-process ``LLM``, whose owner is busy in ``generate``.
+"""The control routes for an engine that its owner drives from Python: ``LLM`` or ``AsyncLLM``.
 
     with serve_engine(llm) as server:
-        EngineClient(server.url).swap(3)         # from anywhere
-        server.swap(3)                           # from this process
+        EngineClient(server.url).swap(3)                # from anywhere
+        server.swap(3)                                  # from this process, beside an LLM
+        await asyncio.to_thread(server.swap, 3)         # beside an AsyncLLM, in its event loop
 
-Calls run between two engine steps, in the caller's thread, after at most one step.
+Calls run between two engine steps, after at most one. The owner of an ``LLM`` is busy in
+``generate``, so they run in the caller's thread; those of an ``AsyncLLM`` in its event loop.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
+import sys
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -36,22 +40,24 @@ from drafttrain.integrations.vllm.turnstile import Turnstile
 _GUARDED = ("step", "collective_rpc", "sleep", "wake_up")
 _TURNSTILE = "_drafttrain_turnstile"
 
+# A connection that says nothing for so long is closed.
+_SILENT_SECONDS = 30.0
+
 # Engines that compute in this process share modules: vLLM keeps one rotary embedding for all models
 # that want the same (``rotary_embedding/__init__.py``, ``_ROPE_DICT``), and a layerwise reload puts
 # it on the meta device for a moment. So while one of them swaps, no other may step.
 _IN_THIS_PROCESS = Turnstile()
 
 
-class EngineServer:
-    """Serves one ``LLM`` until it is closed; the engine itself is left running."""
+Rpc = Callable[[Call], Replies]
 
-    def __init__(self, llm: Any, host: str, port: int) -> None:
-        self._engine = llm.llm_engine
-        settings = engine_settings(self._engine.vllm_config)
-        token = read_token(settings.token_file if settings else None)
-        self._turnstile = _turnstile_of(self._engine)
-        self._server = ThreadingHTTPServer((host, port), _handler(self._hold, token))
-        self._server.daemon_threads = True
+
+class EngineServer:
+    """Serves one engine until it is closed; the engine itself is left running."""
+
+    def __init__(self, rpc: Rpc, token: str | None, host: str, port: int) -> None:
+        self._rpc = rpc
+        self._server = _Server((host, port), _handler(self._hold, token))
         self._thread = threading.Thread(
             target=self._server.serve_forever, name="drafttrain-http", daemon=True
         )
@@ -90,10 +96,6 @@ class EngineServer:
     def _hold(self, conversation: Conversation) -> Answer:
         return run(conversation, self._rpc)
 
-    def _rpc(self, call: Call) -> Replies:
-        replies: Replies = self._engine.collective_rpc(call.method, args=call.args)
-        return replies
-
     def _body(self, conversation: Conversation) -> dict[str, Any]:
         answer = self._hold(conversation)
         if answer.status != 200:
@@ -101,11 +103,21 @@ class EngineServer:
         return answer.body
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away is nobody's fault; anything else is printed as it would be."""
+        if not isinstance(sys.exception(), (ConnectionError, TimeoutError)):
+            super().handle_error(request, client_address)
+
+
 def serve_engine(llm: Any, host: str = "127.0.0.1", port: int = 0) -> EngineServer:
-    """Serves the control routes of an in-process ``vllm.LLM`` from a daemon thread.
+    """Serves the control routes of an engine from a daemon thread.
 
     Args:
-        llm: the ``vllm.LLM``, with or without an engine process of its own.
+        llm: a ``vllm.LLM``, with or without an engine process of its own, or an ``AsyncLLM``; for
+            that one call this in its event loop.
         host: to listen on.
         port: 0 picks a free one; see ``EngineServer.url``.
 
@@ -113,10 +125,34 @@ def serve_engine(llm: Any, host: str = "127.0.0.1", port: int = 0) -> EngineServ
         ConfigError: the token file is unreadable or empty.
         OSError: the port is taken.
     """
-    return EngineServer(llm, host, port)
+    engine = llm.llm_engine if hasattr(llm, "llm_engine") else llm
+    settings = engine_settings(engine.vllm_config)
+    token = read_token(settings.token_file if settings else None)
+    rpc = _rpc(engine) if engine is not llm else _rpc_in_loop(engine, asyncio.get_running_loop())
+    return EngineServer(rpc, token, host, port)
 
 
-def _turnstile_of(engine: Any) -> Turnstile:
+def _rpc(engine: Any) -> Rpc:
+    turnstile_of(engine)
+
+    def call_workers(call: Call) -> Replies:
+        replies: Replies = engine.collective_rpc(call.method, args=call.args)
+        return replies
+
+    return call_workers
+
+
+def _rpc_in_loop(engine: Any, loop: asyncio.AbstractEventLoop) -> Rpc:
+    def call_workers(call: Call) -> Replies:
+        asked = engine.collective_rpc(call.method, args=call.args)
+        replies: Replies = asyncio.run_coroutine_threadsafe(asked, loop).result()
+        return replies
+
+    return call_workers
+
+
+def turnstile_of(engine: Any) -> Turnstile:
+    """The turns of an ``LLM``'s engine; every call of the methods that touch it takes one."""
     turnstile: Turnstile | None = getattr(engine, _TURNSTILE, None)
     if turnstile is None:
         computes_here = hasattr(engine.engine_core, "engine_core")
@@ -154,6 +190,8 @@ def _handler(
     hold: Callable[[Conversation], Answer], token: str | None
 ) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
+        timeout = _SILENT_SECONDS
+
         def do_GET(self) -> None:
             self._reply()
 
@@ -165,7 +203,10 @@ def _handler(
             size = min(int(length), MAX_BODY_BYTES + 1) if length.isdigit() else 0
             path = self.path.partition("?")[0]
             authorization = self.headers.get("Authorization")
-            reply = hold(handle(self.command, path, self.rfile.read(size), authorization, token))
+            body = self.rfile.read(size)
+            if len(body) < size:
+                return  # cut off on the way: nothing was asked for
+            reply = hold(handle(self.command, path, body, authorization, token))
             content = json.dumps(reply.body).encode()
             self.send_response(reply.status)
             self.send_header("Content-Type", "application/json")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from drafttrain.errors import DrafttrainError, InputError
 
@@ -28,10 +28,16 @@ class Acceptance(Message):
     def accepted(self) -> int:
         return sum(self.accepted_per_position)
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def acceptance_length(self) -> float | None:
         """Tokens a round yields, 1 + accepted / rounds; None before the first round."""
         return 1 + self.accepted / self.rounds if self.rounds else None
+
+    @property
+    def accepted_by_position(self) -> list[float]:
+        """Of the rounds, the part in which the draft token at each depth was accepted."""
+        return [accepted / self.rounds for accepted in self.accepted_per_position]
 
 
 class VersionAcceptance(Acceptance):
@@ -62,7 +68,9 @@ class TapCounters(Message):
     skipped: int = 0
     """Not rollouts of the policy on token ids: LoRA, embeddings, multimodal, streamed input."""
     uncaptured: int = 0
-    """Ended without a single captured row (capture was off)."""
+    """Ended without a single captured row (capture was off, or the window lay elsewhere)."""
+    passed_over: int = 0
+    """Not kept, as the settings ask: a fraction of prompt groups, a budget of bytes a second."""
     running: int = 0
 
 

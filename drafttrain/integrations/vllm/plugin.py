@@ -34,9 +34,12 @@ class NotSwitchedOn(EngineError):
 
 
 def register() -> None:
-    """Gives vLLM's workers our methods and hooks; harmless when repeated."""
+    """Gives vLLM's workers our methods, hooks and backend; harmless when repeated."""
     from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
 
+    from drafttrain.integrations.vllm import transfer
+
+    transfer.register()
     for method in (
         drafttrain_status,
         drafttrain_prepare,

@@ -34,16 +34,13 @@ class Segments:
 
     def __init__(self, writer: SpoolWriter, settings: EngineSettings, counters: Counters) -> None:
         self.layout: FeatureLayout | None = None
+        self.held_bytes = 0
         self._writer = writer
         self._settings = settings
         self._counters = counters
         self._pending: dict[_Key, _Pending] = {}
         self._due_at: float | None = None
         self._complained = False
-
-    @property
-    def held_bytes(self) -> int:
-        return sum(pending.held_bytes for pending in self._pending.values())
 
     def seconds_left(self) -> float | None:
         """Until what waits is due; None when nothing waits."""
@@ -55,6 +52,7 @@ class Segments:
         pending.rollouts.append(rollout)
         pending.tokens += rollout.length
         pending.held_bytes += held_bytes
+        self.held_bytes += held_bytes
         if self._due_at is None:
             self._due_at = time.monotonic() + self._settings.idle_seconds
         if pending.tokens >= self._settings.segment_tokens:
@@ -75,6 +73,7 @@ class Segments:
     def _write(self, pending: _Pending) -> None:
         layout, rollouts = self.layout, pending.rollouts
         assert layout is not None
+        self.held_bytes -= pending.held_bytes
         if self._writer.full or not self._attempt(lambda: self._writer.write(rollouts, layout)):
             self._counters.dropped += len(rollouts)
             return

@@ -47,6 +47,15 @@ class EngineSettings(BaseModel):
     capture: bool = True
     """Whether the tap captures from the start; ``drafttrain_capture`` changes it."""
 
+    keep_fraction: float = Field(default=1.0, ge=0, le=1)
+    """Fraction of prompt groups whose rollouts are kept."""
+
+    window_tokens: int | None = Field(default=None, ge=1)
+    """Rows kept of a rollout: so many positions in a row, at a place drawn for each. None: all."""
+
+    max_bytes_per_second: int | None = Field(default=None, ge=1)
+    """Features kept a second, on average; above it new requests are not kept. None: no limit."""
+
     segment_tokens: int = Field(default=65_536, ge=1)
     """Tokens after which a segment is written; an idle engine writes sooner."""
 

@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from drafttrain.rollouts.record import FeatureLayout, PolicyHead
 
 
+class RowBuffers:
+    """Memory for the rows of steps, used again: on a CPU fresh memory costs more than the copy."""
+
+    def __init__(self) -> None:
+        self._free: deque[Tensor] = deque(maxlen=8)
+
+    def stack(self, states: Sequence[Tensor]) -> HostCopy:
+        """[N, S, H] from S tensors [N, H] on the CPU, in a buffer that comes back when read."""
+        count, hidden = states[0].shape
+        buffer = self._free.popleft() if self._free else states[0].new_empty(0, 0, 0)
+        if len(buffer) < count:
+            buffer = states[0].new_empty(2 * count, len(states), hidden)
+        torch.stack(list(states), dim=1, out=buffer[:count])
+        return HostCopy(buffer[:count], release=lambda: self._free.append(buffer))
+
+
 @dataclass(frozen=True, slots=True)
 class HostCopy:
-    """A tensor on its way to host memory; :meth:`wait` belongs to the assembler's thread."""
+    """A tensor on its way to host memory.
+
+    :meth:`wait` belongs to the assembler's thread, which calls ``release`` when it has read it.
+    """
 
     tensor: Tensor
     event: Any = None
+    release: Callable[[], object] = lambda: None
 
     def wait(self) -> Tensor:
         if self.event is not None:
@@ -49,42 +69,52 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 
 @dataclass(frozen=True, slots=True)
 class DeviceSampled:
-    """Token ids that asynchronous scheduling left on the device, on their way to the host."""
+    """Token ids that asynchronous scheduling left on the device, on their way to the host.
 
-    ids: Tensor
+    Attributes:
+        event: until which they are.
+        read: gives them per request, once the event has happened.
+    """
+
     event: Any
-    invalid: list[int]
-    vocab_size: int
+    read: Callable[[], list[list[int]]]
 
     def lists(self) -> list[list[int]]:
-        from vllm.v1.sample.rejection_sampler import RejectionSampler
-
         self.event.synchronize()
-        if self.ids.shape[-1] > 1:
-            parsed: list[list[int]] = RejectionSampler.parse_output(
-                self.ids, self.vocab_size, self.invalid
-            )[0]
-            return parsed
-        lists: list[list[int]] = self.ids.tolist()
-        for index in self.invalid:
-            lists[index].clear()
-        return lists
+        return self.read()
 
 
 Sampled = list[list[int]] | DeviceSampled
 
 
-def sampled_of(output: Any) -> Sampled:
-    """The sampled ids in what ``sample_tokens`` returned, per request of the batch."""
+def sampled_v1(output: Any) -> Sampled:
+    """Of the V1 runner: ``ModelRunnerOutput``, or ``AsyncGPUModelRunnerOutput``."""
     if hasattr(output, "async_copy_ready_event"):
-        return DeviceSampled(
-            ids=output.sampled_token_ids_cpu,
-            event=output.async_copy_ready_event,
-            invalid=output._invalid_req_indices,
-            vocab_size=output.vocab_size,
-        )
+        return DeviceSampled(output.async_copy_ready_event, lambda: _read_v1(output))
     # Copied: the scheduler trims these very lists at a stop token.
     return [list(ids) for ids in output.sampled_token_ids]
+
+
+def sampled_v2(output: Any) -> Sampled:
+    """Of the V2 runner's ``AsyncOutput``."""
+    ids, counts = output.sampled_token_ids, output.num_sampled_tokens_np
+    return DeviceSampled(
+        output.copy_event,
+        lambda: [row[:n] for row, n in zip(ids.tolist(), counts.tolist(), strict=True)],
+    )
+
+
+def _read_v1(output: Any) -> list[list[int]]:
+    from vllm.v1.sample.rejection_sampler import RejectionSampler
+
+    ids, invalid = output.sampled_token_ids_cpu, output._invalid_req_indices
+    if ids.shape[-1] > 1:
+        parsed: list[list[int]] = RejectionSampler.parse_output(ids, output.vocab_size, invalid)[0]
+        return parsed
+    lists: list[list[int]] = ids.tolist()
+    for index in invalid:
+        lists[index].clear()
+    return lists
 
 
 @dataclass(slots=True)
@@ -110,7 +140,7 @@ class Step:
     req_ids: list[str]
     scheduled: list[int]
     drafts: list[int] | None
-    starts: NDArray[np.int32]
+    starts: HostCopy
     rows: HostCopy | None
     lost: bool
     policy_version: int

@@ -1,54 +1,46 @@
 """A registry version into the running drafter, or, when that fails, the old one back.
 
-Uses vLLM 0.32's layerwise reload (``vllm/model_executor/model_loader/reload``), which keeps every
-tensor's storage, so CUDA graphs stay valid. Between its start and its end the drafter is on
-``meta``: all of it happens in one worker call, between two engine steps. vLLM neither checks
-completeness nor can go back, hence the checks before and the restore after.
+vLLM's reload (``layerwise``) cannot go back: hence everything that can be checked is checked before
+it, and what served is loaded again when it fails. All of it happens in one worker call, between two
+engine steps.
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from vllm.config import set_current_vllm_config
-from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
 from vllm.model_executor.model_loader import get_model_loader
-from vllm.model_executor.model_loader.reload.layerwise import (
-    finalize_layerwise_reload,
-    get_layerwise_info,
-    initialize_layerwise_reload,
-)
 
 from drafttrain.checkpoints.formats import with_defaults
 from drafttrain.checkpoints.manifest import TargetFingerprint, read_json
 from drafttrain.checkpoints.registry import Registry
-from drafttrain.checkpoints.verify import CONFIG, WEIGHTS, Verified, sha256_of, verify
-from drafttrain.errors import CheckpointError, EngineError
-from drafttrain.integrations.vllm.fit import aliased, check_config, check_tensors, live_name
+from drafttrain.checkpoints.verify import CONFIG, WEIGHTS, Verified, verify
+from drafttrain.errors import DrafttrainError, EngineError
+from drafttrain.integrations.vllm.fit import Names, check_config, check_tensors
+from drafttrain.integrations.vllm.layerwise import Weights, layerwise_load
 from drafttrain.integrations.vllm.messages import SwapResult
+from drafttrain.integrations.vllm.ranks import all_agree
 from drafttrain.integrations.vllm.settings import EngineSettings
 from drafttrain.integrations.vllm.versions import DrafterVersion, Versions
 
-Weights = Iterable[tuple[str, Tensor]]
+logger = logging.getLogger(__name__)
 
 # A new method needs its names in ``fit`` and a round-trip test.
-METHODS = ("eagle3",)
+METHODS = ("eagle3", "mtp", "draft_model")
 
 
 @dataclass(frozen=True)
 class _Checkpoint:
     where: str
     verified: Verified
-    sha: str
+    drafter: DrafterVersion
 
 
 class Swapper:
@@ -68,7 +60,8 @@ class Swapper:
         self._serving: Verified | None = None  # None: the one vLLM was started with
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="drafttrain-read")
         self._prepared: dict[int, Future[_Checkpoint]] = {}
-        versions.drafter = self._started_with()
+        self._asleep = False
+        versions.drafter = self._loaded = self._started_with()
 
     def prepare(self, version: int) -> bool:
         """Reads and verifies a version in a thread of its own, while the engine generates.
@@ -85,84 +78,152 @@ class Swapper:
         return True
 
     def swap(self, version: int) -> SwapResult:
-        """Makes a registry version the drafter.
+        """Makes a registry version the drafter, on every tensor-parallel rank or on none.
+
+        A collective: every rank is told to at the same moment. While the engine sleeps the version
+        is only remembered, and loaded when it wakes up.
 
         Raises:
             CheckpointError: unknown, damaged or unfitting version; the old drafter serves on.
-            EngineError: no registry or no drafter here, or loading failed; says what serves now.
+            EngineError: no registry or no drafter here, loading failed, or another rank refused;
+                says what serves now.
         """
         started = time.perf_counter()
-        drafter, policy = self._drafter(), self._worker.model_runner.get_model()
-        new = self._read_by_now(version)
-        tp = self._worker.parallel_config.tensor_parallel_size
-        check_tensors(new.where, new.verified.tensors, drafter, policy, tp=tp)
         before = self._versions.drafter
-        self._load_or_restore(
-            new.verified, drafter, policy, f"loading drafter version {version} failed"
-        )
+        new = self._agreed(version)
+        if not self._asleep:
+            self._load_or_restore(new, f"loading drafter version {version} failed")
         self._prepared.clear()
         self._serving = new.verified
-        self._versions.drafter = DrafterVersion(version, new.sha)
+        self._versions.drafter = new.drafter
         self._versions.swaps += 1
         return SwapResult(
             version=version,
             previous=before.number,
             seconds=time.perf_counter() - started,
-            sha=new.sha,
+            sha=new.drafter.sha,
         )
+
+    def fell_asleep(self) -> None:
+        """The engine's memory may not be touched from here on."""
+        self._asleep = True
+
+    def woke_up(self, *, emptied: bool) -> None:
+        """The weights are back in memory; ``emptied``: without their values (level-2 sleep).
+
+        What cannot be loaded now is logged and shows in the status: an RL job that wakes its engine
+        must not fail over a drafter.
+        """
+        stale = emptied or self._versions.drafter != self._loaded
+        if self._asleep and stale and self._method in METHODS:
+            try:
+                self._load(self._weights_to_serve())
+                self._loaded = self._versions.drafter
+            except (DrafttrainError, OSError, RuntimeError) as error:
+                self._versions.drafter = self._loaded = DrafterVersion(None)
+                logger.error("drafttrain could not load the drafter after a sleep: %s", error)
+        self._asleep = False
+
+    def _agreed(self, version: int) -> _Checkpoint:
+        """The version, read and found to fit by every rank."""
+        refusal: Exception | None = None
+        sha = ""
+        try:
+            new = self._read_by_now(version)
+            sha = new.drafter.sha
+            tp = self._worker.parallel_config.tensor_parallel_size
+            check_tensors(new.where, new.verified.tensors, self._names(), self._drafter(), tp=tp)
+        except Exception as error:  # noqa: BLE001  raised below: the other ranks wait for this one
+            refusal = error
+        if all_agree(refusal is None, sha):
+            return new
+        raise refusal or EngineError("another tensor-parallel rank refuses it; none swaps")
 
     def _reading(self, version: int) -> Future[_Checkpoint]:
         self._drafter()
         if version not in self._prepared:
-            folder = self._registry().folder(version)
-            self._prepared[version] = self._reader.submit(self._read, folder)
+            self._prepared[version] = self._reader.submit(self._read, self._registry(), version)
         return self._prepared[version]
 
     def _read_by_now(self, version: int) -> _Checkpoint:
         try:
             return self._reading(version).result()
-        except CheckpointError:
+        except Exception:
             self._prepared.pop(version, None)  # it may be mended
             raise
 
-    def _read(self, folder: Path) -> _Checkpoint:
+    def _read(self, registry: Registry, version: int) -> _Checkpoint:
         """In the reader's thread."""
+        manifest = registry.manifest(version)  # holds the version against the folder's name
+        folder = registry.folder(version)
         target = TargetFingerprint.from_config(self._worker.model_config.hf_config.to_dict())
         verified = verify(folder, target)
         check_config(str(folder), verified.config, self._running_config())
-        manifest = verified.manifest
-        sha = manifest.files[WEIGHTS] if manifest else sha256_of(folder / WEIGHTS)
-        return _Checkpoint(str(folder), verified, sha)
+        drafter = DrafterVersion(version, manifest.files[WEIGHTS])
+        return _Checkpoint(str(folder), self._converted(verified), drafter)
 
-    def _load_or_restore(
-        self, new: Verified, drafter: nn.Module, policy: nn.Module, failure: str
-    ) -> None:
+    def _converted(self, verified: Verified) -> Verified:
+        """With matrices in the dtype the drafter runs in, so that loading only copies.
+
+        Vectors are few, and some models keep theirs in float32 whatever they run in.
+        """
+        dtype = self._speculative.draft_model_config.dtype
+        tensors = {
+            name: tensor.to(dtype) if tensor.is_floating_point() and tensor.dim() > 1 else tensor
+            for name, tensor in verified.tensors.items()
+        }
+        return replace(verified, tensors=tensors)
+
+    def _load_or_restore(self, new: _Checkpoint, failure: str) -> None:
         before = self._versions.drafter
+        problem: Exception | None = None
+        try:
+            self._load(new.verified.tensors.items())
+        except Exception as error:  # noqa: BLE001  whatever it is, the old drafter comes back
+            problem = error
+        if all_agree(problem is None):
+            self._loaded = new.drafter
+            return
+        reason = problem or "on another tensor-parallel rank"
+        try:
+            self._load(self._weights_to_serve())
+        except Exception as error:
+            self._versions.drafter = self._loaded = DrafterVersion(None)
+            lost = f"{before} could not be restored either: {error}"
+            raise EngineError(f"{failure}: {reason}; {lost}") from error
+        raise EngineError(f"{failure}: {reason}; {before} is restored") from problem
+
+    def _load(self, weights: Weights) -> None:
         config = self._speculative.draft_model_config
         with set_current_vllm_config(self._worker.vllm_config):
-            try:
-                layerwise_load(drafter, policy, new.tensors.items(), config)
-            except Exception as error:
-                self._versions.drafter = DrafterVersion(None)  # should the restore fail as well
-                layerwise_load(drafter, policy, self._old_weights(drafter, policy), config)
-                self._versions.drafter = before
-                raise EngineError(f"{failure}: {error}; {before} is restored") from error
+            layerwise_load(self._drafter(), self._policy(), weights, config)
 
-    def _old_weights(self, drafter: nn.Module, policy: nn.Module) -> Weights:
-        """Of the drafter that served, without what it shares with the policy."""
+    def _weights_to_serve(self) -> Weights:
+        """Of the drafter that serves, without what it shares with the policy."""
         if self._serving is not None:
             return self._serving.tensors.items()
+        drafter, names = self._drafter(), self._names()
         loader = get_model_loader(self._worker.load_config)
         weights = loader.get_all_weights(self._speculative.draft_model_config, drafter)
-        shared = aliased(drafter, policy)
-        return ((name, tensor) for name, tensor in weights if live_name(name) not in shared)
+        return ((name, tensor) for name, tensor in weights if not names.is_shared(name))
+
+    @property
+    def _method(self) -> str | None:
+        return self._speculative.method if self._speculative else None
 
     def _drafter(self) -> nn.Module:
-        method = self._speculative.method if self._speculative else None
-        if method not in METHODS:
-            raise EngineError(f"this engine drafts with {method}; can swap: {', '.join(METHODS)}")
+        if self._method not in METHODS:
+            can = ", ".join(METHODS)
+            raise EngineError(f"this engine drafts with {self._method}; can swap: {can}")
         drafter: nn.Module = self._worker.model_runner.get_draft_model()
         return drafter
+
+    def _policy(self) -> nn.Module:
+        policy: nn.Module = self._worker.model_runner.get_model()
+        return policy
+
+    def _names(self) -> Names:
+        return Names.of_drafter(self._drafter(), self._policy(), str(self._method))
 
     def _registry(self) -> Registry:
         if self._settings.registry is None:
@@ -186,74 +247,3 @@ class Swapper:
             if registry.folder(version).resolve() == model.resolve():
                 return DrafterVersion(version, registry.manifest(version).files[WEIGHTS])
         return DrafterVersion(None)
-
-
-def layerwise_load(model: Any, policy: nn.Module, weights: Weights, model_config: Any) -> None:
-    """Loads checkpoint tensors into a live module, into the storage it has.
-
-    Args:
-        model: the drafter.
-        policy: its modules in the drafter are left alone.
-        weights: of all other modules that have any.
-        model_config: the drafter's.
-
-    Whatever is raised, the module is whole again, but some of its layers are new and some old.
-    """
-    with torch.no_grad(), _without_shared(model, policy):
-        initialize_layerwise_reload(model)
-        try:
-            model.load_weights(weights)
-        except BaseException:
-            _forget_half_loaded(model)
-            raise
-        finally:
-            finalize_layerwise_reload(model, model_config)
-
-
-@contextmanager
-def _without_shared(model: nn.Module, policy: nn.Module) -> Iterator[None]:
-    """Takes out of the drafter what is not its own, so that a reload cannot reach it.
-
-    That is the policy's embedding and output head, and rotary embeddings, of which vLLM keeps one
-    for all models in a process that want the same: on ``meta``, another engine's step would fail.
-    """
-    shared = {id(module) for module in (*policy.modules(), *_ROPE_DICT.values())}
-    taken = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if id(child) in shared
-    ]
-    for parent, name, _ in taken:
-        parent._modules[name] = None
-    try:
-        yield
-    finally:
-        for parent, name, child in taken:
-            parent._modules[name] = child
-
-
-def _forget_half_loaded(model: nn.Module) -> None:
-    # Otherwise finalize would process layers of which it has one part, or a tensor it choked on.
-    for layer in model.modules():
-        info = get_layerwise_info(layer)
-        if info.can_load():
-            info.loaded_weights.clear()
-            info.load_numel = 0
-
-
-def keep_own_head(proposer: Any) -> None:
-    """Lets an eagle3 drafter that ships an ``lm_head`` keep it; call before models are loaded.
-
-    vLLM 0.32 (``llm_base_proposer.py``, ``_maybe_share_lm_head``) replaces it by the policy's when
-    the two are equal, as in a drafter initialised from its policy: no trained head could then ever
-    be loaded without overwriting the policy's. The method is called with a policy that has no head
-    to share; it can go when sharing becomes an option.
-    """
-    share: Callable[[Any], None] = proposer._maybe_share_lm_head
-
-    def share_only_if_absent(target: Any) -> None:
-        own = getattr(proposer.model, "has_own_lm_head", False)
-        share(SimpleNamespace(model=target.model) if own else target)
-
-    proposer._maybe_share_lm_head = share_only_if_absent

@@ -84,6 +84,22 @@ def watch_policy(worker: Any, policy: PolicyVersion) -> None:
     _after(worker, "finish_weight_update", touch_unless_draft)
 
 
+def watch_drafter(worker: Any, versions: Versions) -> None:
+    """Notes that a drafter which came by vLLM's own draft updates is no registry version."""
+    swaps = 0
+
+    def note_start() -> None:
+        nonlocal swaps
+        swaps = versions.swaps
+
+    def forget_unless_swapped() -> None:
+        if worker._weight_update_is_draft and versions.swaps == swaps:
+            versions.drafter = DrafterVersion(None)
+
+    _after(worker, "start_draft_weight_update", note_start)
+    _after(worker, "finish_weight_update", forget_unless_swapped)
+
+
 def _after(owner: Any, name: str, then: Callable[[], None]) -> None:
     original = getattr(owner, name, None)
     if original is None:

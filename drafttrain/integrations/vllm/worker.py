@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import vllm
@@ -13,19 +14,39 @@ from drafttrain.errors import EngineError
 from drafttrain.integrations.vllm import cpu_sampler
 from drafttrain.integrations.vllm.assembler import Assembler
 from drafttrain.integrations.vllm.counters import Counters
+from drafttrain.integrations.vllm.heads import keep_own_head, keep_own_head_v2
 from drafttrain.integrations.vllm.messages import EngineStatus, Prepared, SwapResult, TapCounters
+from drafttrain.integrations.vllm.runners import runner_of
 from drafttrain.integrations.vllm.settings import EngineSettings
-from drafttrain.integrations.vllm.swap import Swapper, keep_own_head
+from drafttrain.integrations.vllm.swap import Swapper
 from drafttrain.integrations.vllm.tap import Tap, find_parts
-from drafttrain.integrations.vllm.versions import Versions, watch_policy
+from drafttrain.integrations.vllm.transfer import NamedDrafterTransfer
+from drafttrain.integrations.vllm.versions import Versions, watch_drafter, watch_policy
 from drafttrain.rollouts.spool import SpoolWriter
 
 
 def before_loading(worker: Any, settings: EngineSettings) -> None:
     """To be called once the worker has a model runner, and no models in it yet."""
+    if settings.registry is None:
+        return
+    _pin_start_version(worker.vllm_config.speculative_config)
+    if worker.vllm_config.use_v2_model_runner:
+        keep_own_head_v2()
+        return
     proposer = getattr(worker.model_runner, "drafter", None)
-    if settings.registry is not None and hasattr(proposer, "_maybe_share_lm_head"):
+    if hasattr(proposer, "_maybe_share_lm_head"):
         keep_own_head(proposer)
+
+
+def _pin_start_version(speculative: Any) -> None:
+    """Makes of a link such as ``latest`` the version that it names now.
+
+    It may move before vLLM has read the weights, and what this engine serves would then be told
+    wrong.
+    """
+    draft = speculative.draft_model_config if speculative is not None else None
+    if draft is not None and Path(draft.model).is_symlink():
+        speculative.model = draft.model = str(Path(draft.model).resolve())
 
 
 class EngineSide:
@@ -50,9 +71,13 @@ class EngineSide:
             if worker.rank % worker.parallel_config.tensor_parallel_size == 0:
                 self._assembler = self._start_assembler()
             capturing = settings.capture and settings.spool is not None
-            runner = worker.model_runner
+            runner = runner_of(worker)
             self._tap = Tap(runner, parts, self.versions, self._assembler, capturing=capturing)
         watch_policy(worker, self.versions.policy)
+        watch_drafter(worker, self.versions)
+        if isinstance(worker.weight_transfer_engine, NamedDrafterTransfer):
+            worker.weight_transfer_engine.swap = self._swapper.swap
+        self._keep_through_sleep(worker)
         self._close_with(worker)
 
     def status(self) -> EngineStatus:
@@ -122,8 +147,36 @@ class EngineSide:
             damaged=counters.damaged,
             skipped=counters.skipped,
             uncaptured=counters.uncaptured,
+            passed_over=counters.passed_over,
             running=assembler.running if assembler else 0,
         )
+
+    def _keep_through_sleep(self, worker: Any) -> None:
+        """Loads the drafter again after a level-2 sleep, which gives up its weights.
+
+        vLLM leaves that to whoever woke it, and RL jobs think of the policy's alone: a drafter of
+        uninitialised memory accepts nothing and says nothing. Hooked on the instance; it can go
+        when vLLM keeps or reloads a drafter's weights itself.
+        """
+        sleep, wake_up = worker.sleep, worker.wake_up
+        deepest = 0
+
+        @wraps(sleep)
+        def note_and_sleep(level: int = 1) -> None:
+            nonlocal deepest
+            self._swapper.fell_asleep()
+            deepest = max(deepest, level)
+            sleep(level)
+
+        @wraps(wake_up)
+        def wake_up_and_reload(tags: list[str] | None = None) -> None:
+            nonlocal deepest
+            wake_up(tags)
+            if tags is None or "weights" in tags:
+                self._swapper.woke_up(emptied=deepest > 1)
+                deepest = 0
+
+        worker.sleep, worker.wake_up = note_and_sleep, wake_up_and_reload
 
     def _close_with(self, worker: Any) -> None:
         """Writes the last rollouts when the worker goes, or the process does."""

@@ -1,0 +1,71 @@
+"""Every kind of drafter in a real engine: what is trained is what drafts.
+
+The whole of it, over more tokens, is ``python -m benchmarks.parity``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.engines import Engine, prompts
+from benchmarks.parity import Bench, compare, recording
+from benchmarks.subjects import SUBJECTS
+from drafttrain.drafters import MTPDrafter
+
+# One of each kind, on the policy that shows most.
+chosen = pytest.mark.parametrize(
+    "name", ["eagle3, draft vocabulary", "mtp of MiMo", "draft model of Qwen3"]
+)
+
+
+@pytest.fixture(scope="module")
+def bench_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bench]:
+    @cache
+    def bench(name: str) -> Bench:
+        subject = next(subject for subject in SUBJECTS if subject.name == name)
+        with torch.enable_grad():
+            return Bench(subject, tmp_path_factory.mktemp("kinds"), steps=40)
+
+    return bench
+
+
+@chosen
+@pytest.mark.parametrize("k", [1, 4])
+def test_the_engine_drafts_what_our_forward_drafts(
+    bench_of: Callable[[str], Bench], name: str, k: int
+) -> None:
+    parity = bench_of(name).parity(k, count=24)
+    assert parity.positions > 300 * k
+    assert parity.agreeing + parity.ties >= 0.999 * parity.positions, parity
+
+
+@chosen
+def test_the_estimate_is_what_the_engine_counts(
+    bench_of: Callable[[str], Bench], name: str
+) -> None:
+    bench = bench_of(name)
+    engine = bench.engine(3, "probabilistic")
+    found = bench.acceptance(engine, "probabilistic", 1.0, drafted=6_000)
+    assert found.counted > 1.2, "a drafter that accepts nothing shows nothing"
+    # Over so few tokens the counters themselves are good to about two percent.
+    assert found.ratio == pytest.approx(1.0, abs=0.04)
+
+
+def test_a_policy_with_a_new_head_stitched_in_drafts_by_itself(
+    bench_of: Callable[[str], Bench], tmp_path: Path
+) -> None:
+    bench = bench_of("mtp of MiMo")
+    assert isinstance(bench.drafter, MTPDrafter)
+    policy = tmp_path / "stitched"
+    bench.drafter.stitch(bench.policy, policy)
+    engine = Engine(policy, policy, method="mtp", k=2, spool=tmp_path / "spool")
+    with recording(engine) as rounds:
+        rollouts = engine.generate(prompts(16), temperature=1.0, max_tokens=24)
+    parity = compare(bench, engine, rollouts, rounds, 2)
+    assert parity.positions > 200
+    assert parity.agreeing + parity.ties >= 0.999 * parity.positions, parity
