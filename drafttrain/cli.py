@@ -239,6 +239,8 @@ def _eval(options: argparse.Namespace) -> None:
 
 
 def _inputs(options: argparse.Namespace) -> Any:
+    # Read by transformers, whose bar for loading weights would cross ours.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from drafttrain.opening import Inputs
 
     return Inputs(

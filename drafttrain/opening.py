@@ -79,7 +79,7 @@ def open_corpus(
         raise RolloutError(spools[0], "rollouts", "a spool is read alone; give no other path")
     if spools:
         return _open_spool(spools[0], config)
-    reading = _read(inputs, say)
+    reading = read_inputs(inputs, say)
     if inputs.cache is not None and _is_complete(inputs, reading, layer_ids):
         say(f"features: from {inputs.cache}")
         return _open_spool(inputs.cache, config)
@@ -96,9 +96,8 @@ def open_corpus(
     )
     tokens = sum(rollout.length for rollout in reading.rollouts)
     if inputs.cache is None:
-        say(
-            f"features: streamed; all {tokens} tokens would be {tokens * teacher.bytes_per_token} B"
-        )
+        size = readable(tokens * teacher.bytes_per_token)
+        say(f"features: streamed; on disk they would be {size}")
         return Opened(corpus, _digest(reading), teacher.weight_bytes)
     _write_cache(inputs.cache, corpus, teacher, tokens * teacher.bytes_per_token, say)
     _mark_complete(inputs, reading, layer_ids)
@@ -119,7 +118,12 @@ def _open_spool(path: Path, config: PretrainConfig) -> Opened:
     return Opened(corpus, digest.hexdigest(), policy_bytes=0)
 
 
-def _read(inputs: Inputs, say: Say) -> Reading:
+def read_inputs(inputs: Inputs, say: Say = lambda sentence: None) -> Reading:
+    """Read and tokenize the rollouts of a policy that are no spool.
+
+    Raises:
+        RolloutError, CheckpointError: the rollouts or the policy are wrong.
+    """
     shape = PolicyShape.from_folder(inputs.target)
     encoder = Encoder(
         lambda: load_tokenizer(inputs.target),
@@ -185,9 +189,21 @@ def _write_cache(path: Path, corpus: Corpus, teacher: Teacher, size: int, say: S
     shutil.rmtree(path / "segments", ignore_errors=True)  # left by a writer that did not finish
     writer = SpoolWriter(path, "teacher")
     free = shutil.disk_usage(path).free
-    say(f"features: {size} B go to {path}, {free} B are free")
+    say(f"features: {readable(size)} go to {path}, where {readable(free)} are free")
     if size > free:
-        raise SpoolError(f"{path}: features need {size} B, {free} B are free; leave out --cache")
+        raise SpoolError(
+            f"{path}: features need {readable(size)}, {readable(free)} are free; leave out --cache"
+        )
     writer.write_head(teacher.head)
     for part in (*corpus.training, *corpus.held_out):
         writer.write(corpus.load(part), corpus.layout)
+
+
+def readable(size: int) -> str:
+    """A number of bytes for a person."""
+    amount, unit = float(size), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if amount < 1024 or unit == "TiB":
+            break
+        amount /= 1024
+    return f"{amount:.1f} {unit}" if unit != "B" else f"{size} B"

@@ -181,7 +181,7 @@ def test_a_cache_trains_the_same_drafter_and_needs_no_policy_weights(
     inputs = Inputs(files / "policy", [files / "rollouts.jsonl"], cache=tmp_path / "cache")
     said: list[str] = []
     run_pretrain(command(files, tmp_path / "b", inputs=inputs), said.append)
-    assert any("B go to" in sentence and "are free" in sentence for sentence in said)
+    assert any("MiB go to" in sentence and "are free" in sentence for sentence in said)
     again = run_pretrain(command(files, tmp_path / "c", inputs=inputs), said.append)
     assert again is not None
     assert f"features: from {tmp_path / 'cache'}" in said

@@ -11,6 +11,7 @@ from drafttrain.config import PretrainConfig
 from drafttrain.drafters.contract import Drafter
 from drafttrain.drafters.policy import PolicyShape
 from drafttrain.errors import ConfigError
+from drafttrain.opening import readable
 from drafttrain.rollouts.record import FeatureLayout
 from drafttrain.rollouts.segment import DTYPES
 
@@ -38,8 +39,8 @@ class MemoryPlan:
         return sum(self.parts.values())
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {_readable(size)}" for name, size in self.parts.items())
-        return f"{_readable(self.total)} ({parts})"
+        parts = ", ".join(f"{name} {readable(size)}" for name, size in self.parts.items())
+        return f"{readable(self.total)} ({parts})"
 
 
 def predict(
@@ -99,15 +100,6 @@ def fit_microbatch(plan_for: dict[int, MemoryPlan], budget: int) -> int:
     fitting = [tokens for tokens, plan in plan_for.items() if plan.total <= budget]
     if not fitting:
         smallest = plan_for[min(plan_for)]
-        problem = f"{_readable(budget)} do not hold even the smallest microbatch: {smallest}"
+        problem = f"{readable(budget)} do not hold even the smallest microbatch: {smallest}"
         raise ConfigError("pretrain", "memory", problem)
     return max(fitting)
-
-
-def _readable(size: int) -> str:
-    amount, unit = float(size), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if amount < 1024 or unit == "TiB":
-            break
-        amount /= 1024
-    return f"{amount:.1f} {unit}" if unit != "B" else f"{size} B"

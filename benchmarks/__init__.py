@@ -1,0 +1,1 @@
+"""Measurements that users and maintainers can run again: ``python -m benchmarks.<name>``."""
