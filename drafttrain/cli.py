@@ -51,6 +51,13 @@ def _positive(text: str) -> int:
     return value
 
 
+def _above_zero(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{value}; expected a number above 0")
+    return value
+
+
 def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     command.set_defaults(handler=run)
@@ -89,11 +96,13 @@ def _add_pretrain(pretrain: argparse.ArgumentParser) -> None:
     pretrain.add_argument("--steps", type=_positive, default=1000, help="optimizer steps at most")
     pretrain.add_argument("--tokens-per-step", type=_positive, default=2048)
     pretrain.add_argument("--microbatch-tokens", type=_positive, default=512)
-    pretrain.add_argument("--learning-rate", type=float, default=None)
+    pretrain.add_argument("--learning-rate", type=_above_zero, default=None)
     pretrain.add_argument("--patience", type=_positive, default=4, help="estimates without gain")
     pretrain.add_argument("--evaluate-every", type=_positive, default=50, help="steps")
     pretrain.add_argument("--seed", type=int, default=0)
-    pretrain.add_argument("--memory", type=float, metavar="GIB", help="fit the microbatch to this")
+    pretrain.add_argument(
+        "--memory", type=_above_zero, metavar="GIB", help="fit the microbatch to this"
+    )
     pretrain.add_argument("--shard", action="store_true", help="divide the drafter (FSDP2)")
 
 
@@ -114,7 +123,9 @@ def _add_inputs(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--draft-sample-method", choices=["greedy", "probabilistic"], default="probabilistic"
     )
-    command.add_argument("--temperature", type=float, default=1.0, help="where none is recorded")
+    command.add_argument(
+        "--temperature", type=_above_zero, default=1.0, help="where none is recorded"
+    )
     command.add_argument("--skip-malformed", action="store_true", help="and count them")
     command.add_argument("--cache", type=Path, help="keep computed features in this folder")
     command.add_argument("--policy-dtype", default="auto")

@@ -18,7 +18,8 @@ from drafttrain.training.corpus import Corpus
 from drafttrain.training.teacher import Teacher
 
 Say = Callable[[str], None]
-_MARKER = "features.json"
+# A cache is a spool with the first of these in it once it is whole, and the second until then.
+_MARKER, _UNFINISHED = "features.json", "features.unfinished"
 
 
 @dataclass(frozen=True)
@@ -182,11 +183,17 @@ def _mark_complete(inputs: Inputs, reading: Reading, layer_ids: Sequence[int]) -
     assert inputs.cache is not None
     identity = _cache_identity(inputs, reading, layer_ids)
     (inputs.cache / _MARKER).write_text(json.dumps(identity) + "\n")
+    (inputs.cache / _UNFINISHED).unlink()
 
 
 def _write_cache(path: Path, corpus: Corpus, teacher: Teacher, size: int, say: Say) -> None:
     """Write all features as a spool, which any later run can read without the policy."""
-    shutil.rmtree(path / "segments", ignore_errors=True)  # left by a writer that did not finish
+    unfinished = path / _UNFINISHED
+    if (path / "segments").exists() and not unfinished.exists():
+        raise RolloutError(path, "cache", "is a spool of something else; name another folder")
+    shutil.rmtree(path / "segments", ignore_errors=True)
+    path.mkdir(parents=True, exist_ok=True)
+    unfinished.touch()
     writer = SpoolWriter(path, "teacher")
     free = shutil.disk_usage(path).free
     say(f"features: {readable(size)} go to {path}, where {readable(free)} are free")

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from drafttrain.config import PretrainConfig
 from drafttrain.drafters.contract import Drafter
 from drafttrain.drafters.policy import PolicyShape
@@ -70,7 +72,7 @@ def predict(
     batch = max(config.microbatch_tokens, longest)
     rows = min(batch, _LOSS_CHUNK)
     heads = int(policy.config.num_attention_heads)
-    layer = _HIDDEN_KEPT * width + _INTERMEDIATE_KEPT * int(policy.config.intermediate_size)
+    layer = _HIDDEN_KEPT * width + _INTERMEDIATE_KEPT * _widest(drafter)
     scores = 2 * heads * min(longest, batch)
     weights = sum(parameter.numel() for parameter in drafter.parameters())
     parts = {
@@ -103,3 +105,9 @@ def fit_microbatch(plan_for: dict[int, MemoryPlan], budget: int) -> int:
         problem = f"{readable(budget)} do not hold even the smallest microbatch: {smallest}"
         raise ConfigError("pretrain", "memory", problem)
     return max(fitting)
+
+
+def _widest(drafter: Drafter) -> int:
+    """Features of its widest layer, the head aside: the inside of its MLP."""
+    linears = [module for module in drafter.modules() if isinstance(module, nn.Linear)]
+    return max(linear.out_features for linear in linears if linear is not drafter.lm_head)
