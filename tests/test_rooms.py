@@ -35,7 +35,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "sidecar": (LOOPS | {"publishing"}, TORCH | {"watchfiles"}),
     "integrations": (DATA, TORCH | PLUGIN | {"httpx"}),
 }
-UNBOUND = {"cli", "demo", "__main__", "__init__"}
+UNBOUND = {"cli", "cli_offline", "demo", "__main__", "__init__"}
 
 
 def room_of(file: Path) -> str:
