@@ -17,9 +17,9 @@ from pathlib import Path
 from datasets import Dataset
 from safetensors.torch import save_file
 
-from drafttrain.drafters.batch import length_buckets
 from drafttrain.drafters.policy import PolicyShape
 from drafttrain.rollouts.sources import SavedRollout
+from drafttrain.training.corpus import of_similar_length
 from drafttrain.training.teacher import Teacher
 
 _TRAINER = """
@@ -51,8 +51,8 @@ def dump_features(
     # It wants the last hidden state before the final norm: the state after the last layer.
     teacher = Teacher(target, (*layer_ids, last))
     numbers = {id(rollout): number for number, rollout in enumerate(rollouts)}
-    for bucket in length_buckets(rollouts, 4096):
-        for rollout, features in zip(bucket, teacher.features(bucket), strict=True):
+    for part in of_similar_length(rollouts, 4096):
+        for rollout, features in zip(part, teacher.features(part), strict=True):
             assert features.aux_hidden is not None
             tensors = {
                 "token_ids": rollout.tokens.long(),

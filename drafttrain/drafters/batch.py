@@ -4,21 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from drafttrain.rollouts.record import FeatureLayout, PolicyHead, Rollout, sampled_runs
-
-
-class _Sized(Protocol):
-    @property
-    def length(self) -> int: ...
-
-
-_HasLength = TypeVar("_HasLength", bound=_Sized)
 
 
 @dataclass(frozen=True)
@@ -92,12 +83,12 @@ def make_batch(rollouts: Sequence[Rollout], layout: FeatureLayout, head: PolicyH
     )
 
 
-def length_buckets(rollouts: Sequence[_HasLength], tokens: int) -> Iterator[list[_HasLength]]:
+def length_buckets(rollouts: Sequence[Rollout], tokens: int) -> Iterator[list[Rollout]]:
     """Split `rollouts` into groups of similar length, each at most `tokens` when padded.
 
     A rollout longer than `tokens` makes a group of its own.
     """
-    bucket: list[_HasLength] = []
+    bucket: list[Rollout] = []
     for rollout in sorted(rollouts, key=lambda r: r.length):
         if bucket and (len(bucket) + 1) * rollout.length > tokens:
             yield bucket
