@@ -64,11 +64,14 @@ def open_corpus(
     layer_ids: Sequence[int],
     config: PretrainConfig,
     say: Say = lambda sentence: None,
+    *,
+    normed: bool = True,
 ) -> Opened:
     """Read, tokenize and divide the rollouts; load the policy if their features are missing.
 
     Args:
         layer_ids: that the drafter reads.
+        normed: the last hidden state is wanted after the policy's final norm.
         say: hears what a person should know, a sentence at a time.
 
     Raises:
@@ -85,7 +88,11 @@ def open_corpus(
         say(f"features: from {inputs.cache}")
         return _open_spool(inputs.cache, config)
     teacher = Teacher(
-        inputs.target, layer_ids, dtype=inputs.policy_dtype, device_map=inputs.device_map
+        inputs.target,
+        layer_ids,
+        dtype=inputs.policy_dtype,
+        device_map=inputs.device_map,
+        normed=normed,
     )
     corpus = Corpus.of_saved(
         reading.rollouts,

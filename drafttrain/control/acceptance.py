@@ -157,7 +157,7 @@ def acceptance_weights(
     Entries whose drafted token lies outside the rollout are zero.
     """
     length = batch.tokens.shape[1]
-    device = drafter.lm_head.weight.device
+    device = next(drafter.parameters()).device
     batch = batch.to(device)
     hidden = drafter.unroll(batch, head.embed_tokens.to(device).float(), k)
     temperature = batch.temperatures[:, None, None]

@@ -72,7 +72,7 @@ def predict(
     batch = max(config.microbatch_tokens, longest)
     rows = min(batch, _LOSS_CHUNK)
     heads = int(policy.config.num_attention_heads)
-    layer = _HIDDEN_KEPT * width + _INTERMEDIATE_KEPT * _widest(drafter)
+    layer = _HIDDEN_KEPT * width + _INTERMEDIATE_KEPT * _widest(drafter, vocab)
     scores = 2 * heads * min(longest, batch)
     weights = sum(parameter.numel() for parameter in drafter.parameters())
     parts = {
@@ -107,7 +107,7 @@ def fit_microbatch(plan_for: dict[int, MemoryPlan], budget: int) -> int:
     return max(fitting)
 
 
-def _widest(drafter: Drafter) -> int:
-    """Features of its widest layer, the head aside: the inside of its MLP."""
+def _widest(drafter: Drafter, vocab: int) -> int:
+    """Features of its widest layer, an output head aside: the inside of its MLP."""
     linears = [module for module in drafter.modules() if isinstance(module, nn.Linear)]
-    return max(linear.out_features for linear in linears if linear is not drafter.lm_head)
+    return max(linear.out_features for linear in linears if linear.out_features != vocab)
