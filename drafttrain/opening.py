@@ -84,7 +84,8 @@ def open_corpus(
     if spools:
         return _open_spool(spools[0], config)
     reading = read_inputs(inputs, say)
-    if inputs.cache is not None and _is_complete(inputs, reading, layer_ids):
+    identity = _cache_identity(inputs, reading, layer_ids, normed)
+    if inputs.cache is not None and _is_complete(inputs, identity):
         say(f"features: from {inputs.cache}")
         return _open_spool(inputs.cache, config)
     teacher = Teacher(
@@ -108,7 +109,7 @@ def open_corpus(
         say(f"features: streamed; on disk they would be {size}")
         return Opened(corpus, _digest(reading), teacher.weight_bytes)
     _write_cache(inputs.cache, corpus, teacher, tokens * teacher.bytes_per_token, say)
-    _mark_complete(inputs, reading, layer_ids)
+    _mark_complete(inputs, identity)
     return _open_spool(inputs.cache, config)
 
 
@@ -159,18 +160,19 @@ def _digest(reading: Reading) -> str:
 
 
 def _cache_identity(
-    inputs: Inputs, reading: Reading, layer_ids: Sequence[int]
+    inputs: Inputs, reading: Reading, layer_ids: Sequence[int], normed: bool
 ) -> dict[str, object]:
     weights = sorted(inputs.target.glob("*.safetensors"))
     return {
         "policy": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in weights],
         "policy_dtype": inputs.policy_dtype,
         "layer_ids": list(layer_ids),
+        "normed": normed,
         "rollouts": _digest(reading),
     }
 
 
-def _is_complete(inputs: Inputs, reading: Reading, layer_ids: Sequence[int]) -> bool:
+def _is_complete(inputs: Inputs, identity: dict[str, object]) -> bool:
     """Whether the cache holds these features.
 
     Raises:
@@ -180,15 +182,14 @@ def _is_complete(inputs: Inputs, reading: Reading, layer_ids: Sequence[int]) -> 
     marker = inputs.cache / _MARKER
     if not marker.exists():
         return False
-    if json.loads(marker.read_text()) != _cache_identity(inputs, reading, layer_ids):
+    if json.loads(marker.read_text()) != identity:
         problem = "holds features of other rollouts or of another policy; name another folder"
         raise RolloutError(inputs.cache, "cache", problem)
     return True
 
 
-def _mark_complete(inputs: Inputs, reading: Reading, layer_ids: Sequence[int]) -> None:
+def _mark_complete(inputs: Inputs, identity: dict[str, object]) -> None:
     assert inputs.cache is not None
-    identity = _cache_identity(inputs, reading, layer_ids)
     (inputs.cache / _MARKER).write_text(json.dumps(identity) + "\n")
     (inputs.cache / _UNFINISHED).unlink()
 
