@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from drafttrain import __version__
+from drafttrain.cli_offline import add_eval, add_pretrain, evaluate_drafters, positive, pretrain
 from drafttrain.errors import CheckpointError, ConfigError, DrafttrainError, EngineError
 
 
@@ -45,13 +45,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}; expected at least 1")
-    return value
-
-
 def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
@@ -65,7 +58,7 @@ def _command(commands: Any, name: str, run: Any, text: str) -> argparse.Argument
 def _add_demo(commands: Any) -> None:
     demo = _command(commands, "demo", _demo, "the whole loop on a small policy and a real engine")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the results")
-    demo.add_argument("--rl-steps", type=_positive, default=None, help="number of RL steps")
+    demo.add_argument("--rl-steps", type=positive, default=None, help="number of RL steps")
     demo.add_argument("--seed", type=int, default=0)
     report = _command(commands, "report", _report, "table and plot of a finished run")
     report.add_argument("run", type=Path, metavar="RUN_DIR")
@@ -82,57 +75,15 @@ def _add_training(commands: Any) -> None:
     )
     init.add_argument("--source", type=Path, help="draft_model: a causal LM to start from")
     init.add_argument(
-        "--draft-vocab", type=_positive, metavar="N", help="eagle3: tokens it can draft"
+        "--draft-vocab", type=positive, metavar="N", help="eagle3: tokens it can draft"
     )
     init.add_argument("--rollouts", type=Path, help="a spool to choose those tokens from")
 
-    _add_pretrain(_command(commands, "pretrain", _pretrain, "train a drafter from saved rollouts"))
-    _add_eval(_command(commands, "eval", _eval, "acceptance of drafters on recorded rollouts"))
+    add_pretrain(_command(commands, "pretrain", pretrain, "train a drafter from saved rollouts"))
+    add_eval(_command(commands, "eval", evaluate_drafters, "acceptance on recorded rollouts"))
 
     sidecar = _command(commands, "sidecar", _sidecar, "train online, beside an RL job")
     sidecar.add_argument("config", type=Path, metavar="CONFIG.yaml")
-
-
-def _add_pretrain(pretrain: argparse.ArgumentParser) -> None:
-    _add_inputs(pretrain)
-    pretrain.add_argument("--drafter", type=Path, required=True, help="folder to start from")
-    pretrain.add_argument("--registry", type=Path, required=True, help="where to publish it")
-    pretrain.add_argument("--out", type=Path, default=Path("runs/pretrain"), help="state, report")
-    pretrain.add_argument("--resume", action="store_true", help="continue the run in --out")
-    pretrain.add_argument("--steps", type=_positive, default=1000, help="optimizer steps at most")
-    pretrain.add_argument("--tokens-per-step", type=_positive, default=2048)
-    pretrain.add_argument("--microbatch-tokens", type=_positive, default=512)
-    pretrain.add_argument("--learning-rate", type=float, default=None)
-    pretrain.add_argument("--patience", type=_positive, default=4, help="estimates without gain")
-    pretrain.add_argument("--evaluate-every", type=_positive, default=50, help="steps")
-    pretrain.add_argument("--seed", type=int, default=0)
-    pretrain.add_argument("--memory", type=float, metavar="GIB", help="fit the microbatch to this")
-    pretrain.add_argument("--shard", action="store_true", help="divide the drafter (FSDP2)")
-
-
-def _add_eval(evaluate: argparse.ArgumentParser) -> None:
-    _add_inputs(evaluate)
-    evaluate.add_argument("--drafter", type=Path, required=True, nargs="+")
-    evaluate.add_argument("--by", choices=["domain", "group"], help="divide the result further")
-    evaluate.add_argument("--engine", action="store_true", help="count in a real vLLM as well")
-
-
-def _add_inputs(command: argparse.ArgumentParser) -> None:
-    """What the offline commands read."""
-    command.add_argument("--target", type=Path, required=True, help="the policy's folder")
-    command.add_argument(
-        "--rollouts", type=Path, required=True, nargs="+", help="a spool, or files of any format"
-    )
-    command.add_argument("--k", type=_positive, default=3, help="draft tokens")
-    command.add_argument(
-        "--draft-sample-method", choices=["greedy", "probabilistic"], default="probabilistic"
-    )
-    command.add_argument("--temperature", type=float, default=1.0, help="where none is recorded")
-    command.add_argument("--skip-malformed", action="store_true", help="and count them")
-    command.add_argument("--cache", type=Path, help="keep computed features in this folder")
-    command.add_argument("--policy-dtype", default="auto")
-    command.add_argument("--device-map", help="as transformers takes it: auto, ...")
-    command.add_argument("--json", action="store_true")
 
 
 def _add_checkpoints(commands: Any) -> None:
@@ -150,7 +101,7 @@ def _add_checkpoints(commands: Any) -> None:
         required=True,
         help="raw: vLLM's and SGLang's; policy: an MTP head put into a copy of its policy",
     )
-    export.add_argument("--k", type=_positive, default=3, help="draft tokens, for speculators")
+    export.add_argument("--k", type=positive, default=3, help="draft tokens, for speculators")
 
     publish = _command(commands, "publish", _publish, "put a drafter folder into a registry")
     publish.add_argument("folder", type=Path, metavar="DIR")
@@ -269,78 +220,6 @@ def _export(options: argparse.Namespace) -> None:
         problem = f"{options.layout}: no layout of kind {drafter.kind}"
         raise CheckpointError(options.folder, "--layout", problem)
     print(f"{options.out}: {drafter.kind} drafter, layout {options.layout}")
-
-
-def _pretrain(options: argparse.Namespace) -> None:
-    from drafttrain.config import PretrainConfig, TrainingConfig
-    from drafttrain.pretrain.command import PretrainCommand
-    from drafttrain.pretrain.display import show_pretrain
-
-    rate = {} if options.learning_rate is None else {"learning_rate": options.learning_rate}
-    greedy = {"objective": "soft_cross_entropy"} if options.draft_sample_method == "greedy" else {}
-    config = PretrainConfig(
-        training=TrainingConfig(
-            draft_tokens=options.k,
-            tokens_per_step=options.tokens_per_step,
-            seed=options.seed,
-            **rate,
-            **greedy,
-        ),
-        steps=options.steps,
-        microbatch_tokens=options.microbatch_tokens,
-        evaluate_every=options.evaluate_every,
-        patience=options.patience,
-        draft_sample_method=options.draft_sample_method,
-    )
-    command = PretrainCommand(
-        inputs=_inputs(options),
-        drafter=options.drafter,
-        registry=options.registry,
-        out=options.out,
-        config=config,
-        resume=options.resume,
-        memory=None if options.memory is None else int(options.memory * 2**30),
-        sharded=options.shard,
-    )
-    summary = show_pretrain(command, quiet=options.json)
-    if options.json and summary is not None:
-        print(json.dumps(summary))
-
-
-def _eval(options: argparse.Namespace) -> None:
-    if options.engine:
-        from drafttrain.demo import ENVIRONMENT
-
-        os.environ.update(ENVIRONMENT)  # before torch and vLLM are imported
-    from drafttrain.evaluation import evaluate, print_table, summaries
-
-    inputs = _inputs(options)
-    method = options.draft_sample_method
-    results = evaluate(inputs, options.drafter, k=options.k, method=method)
-    counted = None
-    if options.engine:
-        from drafttrain.integrations.vllm.measure import measure_drafters
-
-        counted = measure_drafters(options.target, results[0].requests, results, options.k, method)
-    rows = summaries(results, options.by, counted)
-    if options.json:
-        print(json.dumps(rows[0] if len(rows) == 1 else {"drafters": rows}))
-    else:
-        print_table(rows, options.by)
-
-
-def _inputs(options: argparse.Namespace) -> Any:
-    from drafttrain.opening import Inputs
-
-    return Inputs(
-        target=options.target,
-        rollouts=options.rollouts,
-        skip_malformed=options.skip_malformed,
-        temperature=options.temperature,
-        cache=options.cache,
-        policy_dtype=options.policy_dtype,
-        device_map=options.device_map,
-    )
 
 
 def _sidecar(options: argparse.Namespace) -> None:

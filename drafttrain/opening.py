@@ -18,7 +18,8 @@ from drafttrain.training.corpus import Corpus
 from drafttrain.training.teacher import Teacher
 
 Say = Callable[[str], None]
-_MARKER = "features.json"
+# A cache is a spool with the first of these in it once it is whole, and the second until then.
+_MARKER, _UNFINISHED = "features.json", "features.unfinished"
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,14 @@ def open_corpus(
     layer_ids: Sequence[int],
     config: PretrainConfig,
     say: Say = lambda sentence: None,
+    *,
+    normed: bool = True,
 ) -> Opened:
     """Read, tokenize and divide the rollouts; load the policy if their features are missing.
 
     Args:
         layer_ids: that the drafter reads.
+        normed: the last hidden state is wanted after the policy's final norm.
         say: hears what a person should know, a sentence at a time.
 
     Raises:
@@ -79,12 +83,17 @@ def open_corpus(
         raise RolloutError(spools[0], "rollouts", "a spool is read alone; give no other path")
     if spools:
         return _open_spool(spools[0], config)
-    reading = _read(inputs, say)
-    if inputs.cache is not None and _is_complete(inputs, reading, layer_ids):
+    reading = read_inputs(inputs, say)
+    identity = _cache_identity(inputs, reading, layer_ids, normed)
+    if inputs.cache is not None and _is_complete(inputs, identity):
         say(f"features: from {inputs.cache}")
         return _open_spool(inputs.cache, config)
     teacher = Teacher(
-        inputs.target, layer_ids, dtype=inputs.policy_dtype, device_map=inputs.device_map
+        inputs.target,
+        layer_ids,
+        dtype=inputs.policy_dtype,
+        device_map=inputs.device_map,
+        normed=normed,
     )
     corpus = Corpus.of_saved(
         reading.rollouts,
@@ -96,12 +105,11 @@ def open_corpus(
     )
     tokens = sum(rollout.length for rollout in reading.rollouts)
     if inputs.cache is None:
-        say(
-            f"features: streamed; all {tokens} tokens would be {tokens * teacher.bytes_per_token} B"
-        )
+        size = readable(tokens * teacher.bytes_per_token)
+        say(f"features: streamed; on disk they would be {size}")
         return Opened(corpus, _digest(reading), teacher.weight_bytes)
     _write_cache(inputs.cache, corpus, teacher, tokens * teacher.bytes_per_token, say)
-    _mark_complete(inputs, reading, layer_ids)
+    _mark_complete(inputs, identity)
     return _open_spool(inputs.cache, config)
 
 
@@ -119,7 +127,12 @@ def _open_spool(path: Path, config: PretrainConfig) -> Opened:
     return Opened(corpus, digest.hexdigest(), policy_bytes=0)
 
 
-def _read(inputs: Inputs, say: Say) -> Reading:
+def read_inputs(inputs: Inputs, say: Say = lambda sentence: None) -> Reading:
+    """Read and tokenize the rollouts of a policy that are no spool.
+
+    Raises:
+        RolloutError, CheckpointError: the rollouts or the policy are wrong.
+    """
     shape = PolicyShape.from_folder(inputs.target)
     encoder = Encoder(
         lambda: load_tokenizer(inputs.target),
@@ -147,18 +160,19 @@ def _digest(reading: Reading) -> str:
 
 
 def _cache_identity(
-    inputs: Inputs, reading: Reading, layer_ids: Sequence[int]
+    inputs: Inputs, reading: Reading, layer_ids: Sequence[int], normed: bool
 ) -> dict[str, object]:
     weights = sorted(inputs.target.glob("*.safetensors"))
     return {
         "policy": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in weights],
         "policy_dtype": inputs.policy_dtype,
         "layer_ids": list(layer_ids),
+        "normed": normed,
         "rollouts": _digest(reading),
     }
 
 
-def _is_complete(inputs: Inputs, reading: Reading, layer_ids: Sequence[int]) -> bool:
+def _is_complete(inputs: Inputs, identity: dict[str, object]) -> bool:
     """Whether the cache holds these features.
 
     Raises:
@@ -168,26 +182,43 @@ def _is_complete(inputs: Inputs, reading: Reading, layer_ids: Sequence[int]) -> 
     marker = inputs.cache / _MARKER
     if not marker.exists():
         return False
-    if json.loads(marker.read_text()) != _cache_identity(inputs, reading, layer_ids):
+    if json.loads(marker.read_text()) != identity:
         problem = "holds features of other rollouts or of another policy; name another folder"
         raise RolloutError(inputs.cache, "cache", problem)
     return True
 
 
-def _mark_complete(inputs: Inputs, reading: Reading, layer_ids: Sequence[int]) -> None:
+def _mark_complete(inputs: Inputs, identity: dict[str, object]) -> None:
     assert inputs.cache is not None
-    identity = _cache_identity(inputs, reading, layer_ids)
     (inputs.cache / _MARKER).write_text(json.dumps(identity) + "\n")
+    (inputs.cache / _UNFINISHED).unlink()
 
 
 def _write_cache(path: Path, corpus: Corpus, teacher: Teacher, size: int, say: Say) -> None:
     """Write all features as a spool, which any later run can read without the policy."""
-    shutil.rmtree(path / "segments", ignore_errors=True)  # left by a writer that did not finish
+    unfinished = path / _UNFINISHED
+    if (path / "segments").exists() and not unfinished.exists():
+        raise RolloutError(path, "cache", "is a spool of something else; name another folder")
+    shutil.rmtree(path / "segments", ignore_errors=True)
+    path.mkdir(parents=True, exist_ok=True)
+    unfinished.touch()
     writer = SpoolWriter(path, "teacher")
     free = shutil.disk_usage(path).free
-    say(f"features: {size} B go to {path}, {free} B are free")
+    say(f"features: {readable(size)} go to {path}, where {readable(free)} are free")
     if size > free:
-        raise SpoolError(f"{path}: features need {size} B, {free} B are free; leave out --cache")
+        raise SpoolError(
+            f"{path}: features need {readable(size)}, {readable(free)} are free; leave out --cache"
+        )
     writer.write_head(teacher.head)
     for part in (*corpus.training, *corpus.held_out):
         writer.write(corpus.load(part), corpus.layout)
+
+
+def readable(size: int) -> str:
+    """A number of bytes for a person."""
+    amount, unit = float(size), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if amount < 1024 or unit == "TiB":
+            break
+        amount /= 1024
+    return f"{amount:.1f} {unit}" if unit != "B" else f"{size} B"

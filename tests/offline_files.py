@@ -9,8 +9,6 @@ import making
 import torch
 from transformers import Qwen3ForCausalLM
 
-from drafttrain.drafters.eagle3 import Eagle3Drafter
-
 PROMPTS = [[3, 4], [5, 6, 7], [8, 9], [10, 11, 12], [13, 14], [15, 16, 17]]
 
 
@@ -45,7 +43,7 @@ def write_rollouts(path: Path, policy: Qwen3ForCausalLM, count: int, seed: int =
 def write_drafter(folder: Path, policy: Qwen3ForCausalLM) -> Path:
     drafter = making.drafter(making.policy_shape())
     with torch.no_grad():
-        drafter.adopt_head(policy.lm_head.weight, policy.model.norm.weight)
-    assert isinstance(drafter, Eagle3Drafter)
+        drafter.lm_head.weight.copy_(policy.lm_head.weight)
+        drafter.norm.weight.copy_(policy.model.norm.weight)
     drafter.export(folder, torch.float32)
     return folder

@@ -65,6 +65,18 @@ def test_a_rollout_keeps_what_was_known_of_it(tmp_path: Path) -> None:
     assert plain.captured.tolist() == [True] * 9 + [False]
 
 
+def test_the_state_before_the_norm(tmp_path: Path) -> None:
+    policy = write_policy(tmp_path)
+    teacher = Teacher(tmp_path, (), normed=False)
+    (found,) = teacher.features([saved(9)])
+    assert (found.aux_hidden, teacher.layout.last_hidden_normed) == (None, False)
+    expected = policy(saved(9).tokens.long()[None], output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(
+        policy.model.norm(found.last_hidden), expected[0], rtol=1e-4, atol=1e-4
+    )
+    assert teacher.head.final_norm is not None
+
+
 def test_the_same_rollouts_give_the_same_bits(tmp_path: Path) -> None:
     write_policy(tmp_path)
     teacher = Teacher(tmp_path, (1, 2, 3))

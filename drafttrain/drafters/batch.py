@@ -5,20 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from drafttrain.rollouts.record import FeatureLayout, PolicyHead, Rollout, sampled_runs
-
-
-class _Sized(Protocol):
-    @property
-    def length(self) -> int: ...
-
-
-_HasLength = TypeVar("_HasLength", bound=_Sized)
 
 
 @dataclass(frozen=True)
@@ -131,12 +122,12 @@ def make_batch(rollouts: Sequence[Rollout], layout: FeatureLayout, head: PolicyH
     )
 
 
-def split_by_tokens(rollouts: Sequence[_HasLength], tokens: int) -> Iterator[list[_HasLength]]:
+def split_by_tokens(rollouts: Sequence[Rollout], tokens: int) -> Iterator[list[Rollout]]:
     """Split `rollouts`, sorted by length, into lists of at most `tokens` tokens.
 
     A rollout longer than `tokens` makes a list of its own.
     """
-    part: list[_HasLength] = []
+    part: list[Rollout] = []
     for rollout in sorted(rollouts, key=lambda r: r.length):
         if part and sum(r.length for r in part) + rollout.length > tokens:
             yield part

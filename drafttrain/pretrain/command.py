@@ -111,9 +111,7 @@ def run_pretrain(
     if devices.rank > 0:
         return None
     manifest = _publish(command, registry, finished, report, opened)
-    cost = memory_bound_cost(
-        sum(parameter.numel() for parameter in finished.parameters()), _policy_weights(shape)
-    )
+    cost = memory_bound_cost(registry.folder(manifest.version), command.inputs.target)
     path = write_report(command.out, manifest, report, estimates, cost)
     (command.out / _STATE).unlink(missing_ok=True)
     return Pretrained(manifest, report, path)
@@ -200,10 +198,3 @@ def _parent(folder: Path, registry: Registry) -> int | None:
     """The version that the run started from, when it is one of this registry."""
     inside = folder.resolve().is_relative_to(registry.root.resolve())
     return Manifest.read(folder).version if inside and (folder / FILE_NAME).exists() else None
-
-
-def _policy_weights(shape: PolicyShape) -> int:
-    """About how many weights a forward of the policy reads, from its sizes alone."""
-    width, inner = shape.hidden_size, int(shape.config.intermediate_size)
-    layer = 4 * width * width + 3 * width * inner
-    return shape.num_layers * layer + shape.vocab_size * width

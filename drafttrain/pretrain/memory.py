@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from drafttrain.config import PretrainConfig
 from drafttrain.drafters.contract import Drafter
 from drafttrain.drafters.policy import PolicyShape
 from drafttrain.errors import ConfigError
+from drafttrain.opening import readable
 from drafttrain.rollouts.record import FeatureLayout
 from drafttrain.rollouts.segment import DTYPES
 
@@ -38,8 +41,8 @@ class MemoryPlan:
         return sum(self.parts.values())
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {_readable(size)}" for name, size in self.parts.items())
-        return f"{_readable(self.total)} ({parts})"
+        parts = ", ".join(f"{name} {readable(size)}" for name, size in self.parts.items())
+        return f"{readable(self.total)} ({parts})"
 
 
 def predict(
@@ -69,7 +72,7 @@ def predict(
     batch = max(config.microbatch_tokens, longest)
     rows = min(batch, _LOSS_CHUNK)
     heads = int(policy.config.num_attention_heads)
-    layer = _HIDDEN_KEPT * width + _INTERMEDIATE_KEPT * int(policy.config.intermediate_size)
+    layer = _HIDDEN_KEPT * width + _INTERMEDIATE_KEPT * _widest(drafter, vocab)
     scores = 2 * heads * min(longest, batch)
     weights = sum(parameter.numel() for parameter in drafter.parameters())
     parts = {
@@ -99,15 +102,12 @@ def fit_microbatch(plan_for: dict[int, MemoryPlan], budget: int) -> int:
     fitting = [tokens for tokens, plan in plan_for.items() if plan.total <= budget]
     if not fitting:
         smallest = plan_for[min(plan_for)]
-        problem = f"{_readable(budget)} do not hold even the smallest microbatch: {smallest}"
+        problem = f"{readable(budget)} do not hold even the smallest microbatch: {smallest}"
         raise ConfigError("pretrain", "memory", problem)
     return max(fitting)
 
 
-def _readable(size: int) -> str:
-    amount, unit = float(size), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if amount < 1024 or unit == "TiB":
-            break
-        amount /= 1024
-    return f"{amount:.1f} {unit}" if unit != "B" else f"{size} B"
+def _widest(drafter: Drafter, vocab: int) -> int:
+    """Features of its widest layer, an output head aside: the inside of its MLP."""
+    linears = [module for module in drafter.modules() if isinstance(module, nn.Linear)]
+    return max(linear.out_features for linear in linears if linear.out_features != vocab)

@@ -25,10 +25,15 @@ def best_k(estimates: Mapping[int, AcceptanceEstimate], cost: RoundCost) -> tupl
     return k, speedups[k]
 
 
-def memory_bound_cost(drafter_weights: int, policy_weights: int) -> RoundCost:
+def memory_bound_cost(drafter: Path, policy: Path) -> RoundCost:
     """The cost of a round at small batches, where time goes into reading weights: each draft token
-    reads the drafter once, the verification reads the policy once."""
-    return lambda k: 1.0 + k * drafter_weights / policy_weights
+    reads the drafter once, the verification reads the policy once.
+
+    Args:
+        drafter, policy: their folders; what their weights take there is what is read.
+    """
+    share = _weight_bytes(drafter) / _weight_bytes(policy)
+    return lambda k: 1.0 + k * share
 
 
 def write_report(
@@ -71,6 +76,10 @@ policy computed features {report.taught:.1%} of it, meanwhile
     (folder / "report.md").write_text(text)
     _plot(folder / "report.png", report)
     return folder / "report.md"
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def _plot(path: Path, report: PretrainReport) -> None:

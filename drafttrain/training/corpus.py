@@ -22,16 +22,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 import torch
 
-from drafttrain.drafters.batch import split_by_tokens
 from drafttrain.rollouts.record import FeatureLayout, PolicyHead, Rollout
 from drafttrain.rollouts.replay import Replay, is_held_out
 from drafttrain.rollouts.sources.samples import SavedRollout
 from drafttrain.training.teacher import Teacher
 
 Entry = Rollout | SavedRollout
+_Entry = TypeVar("_Entry", bound=Entry)
 
 
 @dataclass(frozen=True)
@@ -237,6 +238,21 @@ class Loader:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
+def of_similar_length(entries: Sequence[_Entry], tokens: int) -> Iterator[list[_Entry]]:
+    """Divide rollouts so that each part, padded to its longest, has at most `tokens` tokens.
+
+    A rollout longer than that makes a part of its own.
+    """
+    part: list[_Entry] = []
+    for entry in sorted(entries, key=lambda entry: entry.length):
+        if part and (len(part) + 1) * entry.length > tokens:
+            yield part
+            part = []
+        part.append(entry)
+    if part:
+        yield part
+
+
 def _divide(entries: Sequence[Entry], tokens: int, seed: int) -> Iterator[list[Entry]]:
     """Groups of one policy version and similar length; which of equal length is chance."""
     generator = torch.Generator().manual_seed(seed)
@@ -244,7 +260,7 @@ def _divide(entries: Sequence[Entry], tokens: int, seed: int) -> Iterator[list[E
     versions = sorted({_version(entry) for entry in entries})
     for version in versions:
         same = [entry for entry in shuffled if _version(entry) == version]
-        yield from split_by_tokens(same, tokens)
+        yield from of_similar_length(same, tokens)
 
 
 def _version(entry: Entry) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from drafttrain.drafters.policy import PolicyShape
+from drafttrain.drafters.policy import PolicyShape, read_policy_head
 from drafttrain.errors import CheckpointError
 from drafttrain.rollouts.record import FeatureLayout, PolicyHead, Rollout
 from drafttrain.rollouts.sources.samples import SavedRollout
@@ -46,6 +46,7 @@ class Teacher:
         dtype: str = "auto",
         device_map: str | None = None,
         chunk: int = 8192,
+        normed: bool = True,
     ) -> None:
         """Load a policy folder (safetensors only).
 
@@ -55,6 +56,8 @@ class Teacher:
             dtype: of weights and features; "auto" is the checkpoint's own.
             device_map: as transformers takes it; "auto" spreads the policy over all devices.
             chunk: padded tokens that go through the policy at once.
+            normed: give the last hidden state after the policy's final norm; False gives it before,
+                for drafters whose engine hands it over so (MiMo's MTP).
 
         Raises:
             CheckpointError: it cannot be loaded, lacks a layer, or has another kind of head.
@@ -71,15 +74,15 @@ class Teacher:
         self.layout = FeatureLayout(
             layer_ids=tuple(sorted(layer_ids)),
             hidden_size=shape.hidden_size,
-            last_hidden_normed=True,
+            last_hidden_normed=normed,
             dtype=str(weight.dtype).removeprefix("torch."),
         )
         self.head = PolicyHead(
             policy_version=0,
             embed_tokens=self._model.get_input_embeddings().weight.detach(),
             lm_head=weight.detach(),
-            final_norm=None,
-            norm_eps=0.0,
+            final_norm=None if normed else read_policy_head(folder, shape).final_norm,
+            norm_eps=0.0 if normed else float(shape.config.rms_norm_eps),
         )
         self._check_head(folder)
 
@@ -123,7 +126,8 @@ class Teacher:
                     input_ids=part, past_key_values=cache, use_cache=cache is not None
                 )
             last = output.last_hidden_state
-            lasts.append(last)
+            normed = self.layout.last_hidden_normed
+            lasts.append(last if normed else states[len(self._layers)].to(last.device))
             aux = [states[layer].to(last.device) for layer in self.layout.layer_ids]
             empty = last.new_empty(*last.shape[:2], 0, last.shape[-1])
             auxes.append(torch.stack(aux, dim=2) if aux else empty)
@@ -134,7 +138,9 @@ class Teacher:
         """Aux states by layer id, once the model has run; only those asked for are kept."""
         states: dict[int, Tensor] = {}
         with ExitStack() as hooks:
-            for layer_id in self.layout.layer_ids:
+            # What the last layer leaves is the last hidden state before the norm.
+            last = () if self.layout.last_hidden_normed else (len(self._layers),)
+            for layer_id in {*self.layout.layer_ids, *last}:
                 if layer_id == 0:
                     handle = self._layers[0].register_forward_pre_hook(_keep_input(states))
                 else:
@@ -147,7 +153,7 @@ class Teacher:
     def _check_head(self, folder: Path) -> None:
         tokens = torch.arange(min(8, len(self.head.embed_tokens)), device=self._device)[None]
         logits = self._model(input_ids=tokens).logits.float()
-        last, _ = self._forward(tokens)
+        last = self._model.base_model(input_ids=tokens).last_hidden_state
         ours = (last.float() @ self.head.lm_head.to(last.device).float().T).to(logits.device)
         if not bool((ours - logits).abs().max() <= _HEAD_TOLERANCE * logits.abs().max()):
             problem = "logits are not lm_head times the last hidden state; not supported"

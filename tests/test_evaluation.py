@@ -1,0 +1,99 @@
+"""``eval``: by domain and by prompt group, several drafters side by side."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from offline_files import write_drafter, write_policy, write_rollouts
+
+from drafttrain.control.acceptance import AcceptanceEstimate
+from drafttrain.drafters.eagle3 import Eagle3Drafter
+from drafttrain.drafters.policy import PolicyShape
+from drafttrain.errors import RolloutError
+from drafttrain.evaluation import evaluate, print_table, summaries
+from drafttrain.opening import Inputs
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("evaluation")
+    policy = write_policy(root / "policy")
+    write_rollouts(root / "rollouts.jsonl", policy, 60)
+    write_drafter(root / "drafter", policy)
+    drafter = Eagle3Drafter.load(root / "drafter", PolicyShape.from_folder(root / "policy"))
+    with torch.no_grad():
+        drafter.lm_head.weight.mul_(0.0)  # every token is as likely as any other
+    drafter.export(root / "indifferent", torch.float32)
+    return root
+
+
+def results(files: Path, *drafters: str, **options: Any) -> Any:
+    inputs = Inputs(files / "policy", [files / "rollouts.jsonl"], **options)
+    folders = [files / name for name in drafters]
+    return evaluate(inputs, folders, k=3, method="probabilistic")
+
+
+def test_the_parts_make_up_the_whole(files: Path) -> None:
+    (row,) = summaries(results(files, "drafter"), "domain")
+    assert sorted(row["by_domain"]) == ["even", "odd"]
+    assert sum(part["rollouts"] for part in row["by_domain"].values()) == row["rollouts"] == 60
+    lengths = [part["acceptance_length"] for part in row["by_domain"].values()]
+    assert min(lengths) <= row["acceptance_length"] <= max(lengths)
+    low, high = row["interval"]
+    assert low <= row["acceptance_length"] <= high
+    (by_group,) = summaries(results(files, "drafter"), "group")
+    assert len(by_group["by_group"]) > 20
+
+
+def test_drafters_are_compared_on_the_same_rollouts(files: Path) -> None:
+    first, second = summaries(results(files, "drafter", "indifferent"))
+    assert "gain" not in first
+    assert second["gain"] == pytest.approx(second["acceptance_length"] - first["acceptance_length"])
+    low, high = second["gain_interval"]
+    assert low <= second["gain"] <= high
+    again = summaries(results(files, "drafter", "drafter"))[1]
+    assert again["gain"] == 0
+    print_table([first, second], None)
+
+
+def test_the_temperature_is_used_where_none_is_recorded(files: Path) -> None:
+    (cold,) = results(files, "drafter", temperature=0.5)
+    (warm,) = results(files, "drafter", temperature=1.0)
+    assert cold.estimate.acceptance_length != warm.estimate.acceptance_length
+    assert {request.temperature for request in cold.requests} == {0.5}
+
+
+def test_rollouts_that_are_too_short(files: Path, tmp_path: Path) -> None:
+    path = tmp_path / "short.jsonl"
+    path.write_text('{"prompt_token_ids": [1], "completion_token_ids": [2, 3]}\n')
+    with pytest.raises(RolloutError, match="longer than 4"):
+        evaluate(Inputs(files / "policy", [path]), [files / "drafter"], k=3, method="greedy")
+
+
+def test_selecting_and_joining_estimates() -> None:
+    def estimate(*groups: str) -> AcceptanceEstimate:
+        rounds = torch.arange(1.0, len(groups) + 1, dtype=torch.float64)
+        return AcceptanceEstimate(list(groups), rounds, rounds[:, None] * 0.5)
+
+    both = AcceptanceEstimate.together([estimate("a", "b"), estimate("a")])
+    assert both.groups == ["a", "b", "a"]
+    assert both.select({"b"}).rounds.tolist() == [2.0]
+
+
+def test_the_command_says_it_in_json(files: Path) -> None:
+    command = [
+        sys.executable, "-m", "drafttrain", "eval", "--json", "--by", "domain",
+        "--target", str(files / "policy"),
+        "--rollouts", str(files / "rollouts.jsonl"),
+        "--drafter", str(files / "drafter"), str(files / "indifferent"),
+    ]  # fmt: skip
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    rows = json.loads(printed)["drafters"]
+    assert [Path(row["drafter"]).name for row in rows] == ["drafter", "indifferent"]
+    assert rows[0]["by_domain"]["odd"]["rollouts"] == 30
