@@ -48,5 +48,5 @@ def tap_overhead(
             report = arm.rollout(prompts, max_tokens, eos)
             seconds[capture] = report.seconds / report.tokens
         ratios.append(seconds[True] / seconds[False])
-    arm.capture(True)
+    arm.capture(False)
     return median(ratios) - 1.0

@@ -103,6 +103,7 @@ class Grpo:
             betas=self.config.betas,
             eps=self.config.epsilon,
             weight_decay=0.0,
+            fused=True,
         )
 
     def update(self, rollouts: Sequence[ScoredRollout]) -> GrpoMetrics:

@@ -162,7 +162,9 @@ def _train(recipe: Recipe, progress: Progress) -> tuple[LlamaForCausalLM, float,
     for phase in recipe.phases:
         fresh = new_policy(task, recipe, phase.layers)
         policy = fresh if policy is None else deepen(policy, fresh)
-        optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.98), weight_decay=0.1)
+        optimizer = torch.optim.AdamW(
+            policy.parameters(), betas=(0.9, 0.98), weight_decay=0.1, fused=True
+        )
         recent: list[float] = []
         for step in range(phase.steps):
             batch = next(batches)
