@@ -16,6 +16,7 @@ os.environ.update(
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -68,7 +69,8 @@ class Bench:
 
 @contextmanager
 def bench(size: Size = TINY, versions: int = 4) -> Iterator[Bench]:
-    """A new one in a temporary folder, deleted at the end."""
+    """A new one in a temporary folder, deleted at the end, also when that is a SIGTERM."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="drafttrain-bench-") as name:
         folder = Path(name)
         policy = make_policy(folder / "policy", size=size)
