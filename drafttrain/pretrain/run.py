@@ -210,8 +210,7 @@ class Pretraining:
             RolloutError: none of them is whole.
         """
         k = k or self._config.training.draft_tokens
-        rollouts = list(self._held_out(limit))
-        rollouts = [rollout for rollout in rollouts if usable(rollout, k)]
+        rollouts = [rollout for rollout in self._held_out(limit) if usable(rollout, k)]
         if not rollouts:
             problem = "no complete rollout is held out; need more"
             raise RolloutError("rollouts", "prompt groups", problem)
@@ -244,7 +243,6 @@ class Pretraining:
     def _report(self) -> PretrainReport:
         seconds = max(self._seconds, 1e-9)
         training = self._corpus.training
-        taught = self._corpus.teaching_seconds
         acceptance = self.estimate()
         self.history.append((self.trainer.step_count, acceptance.acceptance_length))
         return PretrainReport(
@@ -259,7 +257,7 @@ class Pretraining:
             losses=self._losses,
             tokens_per_second=self._seen / seconds,
             waited=self._waited / seconds,
-            taught=taught / seconds,
+            taught=self._corpus.teaching_seconds / seconds,
             stopped_early=self._stopped_early,
         )
 
