@@ -21,7 +21,7 @@ from drafttrain.training.objectives import OBJECTIVES
 
 # Draft logits that exist at once, and those worked on at once (on a CPU: what its cache holds).
 _CHUNK_ELEMENTS = 1 << 25
-_BLOCK_ELEMENTS = 1 << 17
+_BLOCK_ELEMENTS = 1 << 18
 
 
 def _soft_cross_entropy(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
