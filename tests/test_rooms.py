@@ -41,7 +41,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "sidecar": (LOOPS | {"publishing", "serving"}, TORCH | {"watchfiles"}),
     "integrations": (DATA, TORCH | PLUGIN | {"httpx"}),
 }
-UNBOUND = {"cli", "cli_offline", "demo", "__main__", "__init__"}
+UNBOUND = {"cli", "demo", "__main__", "__init__"}
 
 
 def room_of(file: Path) -> str:

@@ -1,4 +1,4 @@
-"""The offline commands, ``pretrain`` and ``eval``: what they take, and what they call."""
+"""``init``, ``pretrain`` and ``eval``: a drafter from a policy and saved rollouts."""
 
 from __future__ import annotations
 
@@ -8,25 +8,35 @@ import os
 from pathlib import Path
 from typing import Any
 
-
-def positive(text: str) -> int:
-    """An argument that is a whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}; expected at least 1")
-    return value
+from drafttrain.cli.arguments import above_zero, add_command, numbers, positive
+from drafttrain.errors import ConfigError
 
 
-def above_zero(text: str) -> float:
-    """An argument that is a number above 0."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{value}; expected a number above 0")
-    return value
+def add_commands(commands: Any) -> None:
+    _add_init(commands)
+    _add_pretrain(
+        add_command(commands, "pretrain", _pretrain, "train a drafter from saved rollouts")
+    )
+    _add_eval(add_command(commands, "eval", _eval, "acceptance on recorded rollouts"))
 
 
-def add_pretrain(pretrain: argparse.ArgumentParser) -> None:
-    """The arguments of ``pretrain``."""
+def _add_init(commands: Any) -> None:
+    init = add_command(commands, "init", _init, "a new drafter for a policy")
+    init.add_argument("--target", type=Path, required=True, help="the policy's folder")
+    init.add_argument("--kind", choices=["eagle3", "mtp", "draft_model"], default="eagle3")
+    init.add_argument("--out", type=Path, required=True, help="folder for the drafter")
+    init.add_argument("--seed", type=int, default=0)
+    init.add_argument(
+        "--layers", type=numbers, help="eagle3: aux layers it reads; draft_model: layers it takes"
+    )
+    init.add_argument("--source", type=Path, help="draft_model: a causal LM to start from")
+    init.add_argument(
+        "--draft-vocab", type=positive, metavar="N", help="eagle3: tokens it can draft"
+    )
+    init.add_argument("--rollouts", type=Path, help="a spool to choose those tokens from")
+
+
+def _add_pretrain(pretrain: argparse.ArgumentParser) -> None:
     _add_inputs(pretrain)
     pretrain.add_argument("--drafter", type=Path, required=True, help="folder to start from")
     pretrain.add_argument("--registry", type=Path, required=True, help="where to publish it")
@@ -45,8 +55,7 @@ def add_pretrain(pretrain: argparse.ArgumentParser) -> None:
     pretrain.add_argument("--shard", action="store_true", help="divide the drafter (FSDP2)")
 
 
-def add_eval(evaluate: argparse.ArgumentParser) -> None:
-    """The arguments of ``eval``."""
+def _add_eval(evaluate: argparse.ArgumentParser) -> None:
     _add_inputs(evaluate)
     evaluate.add_argument("--drafter", type=Path, required=True, nargs="+")
     evaluate.add_argument("--by", choices=["domain", "group"], help="divide the result further")
@@ -73,8 +82,50 @@ def _add_inputs(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true")
 
 
-def pretrain(options: argparse.Namespace) -> None:
-    """The ``pretrain`` command."""
+def _init(options: argparse.Namespace) -> None:
+    import torch
+
+    from drafttrain.drafters import KINDS, PolicyShape
+
+    torch.manual_seed(options.seed)
+    policy = PolicyShape.from_folder(options.target)
+    chosen = _init_options(options, policy.vocab_size)
+    drafter = KINDS[options.kind].from_policy(options.target, policy, **chosen)
+    drafter.export(options.out, torch.float32)
+    print(f"{options.out}: a new {options.kind} drafter for {options.target}")
+
+
+def _init_options(options: argparse.Namespace, vocab_size: int) -> dict[str, Any]:
+    """Those of the kind; others are refused."""
+    takes = {"eagle3": {"layers", "draft_vocab", "rollouts"}, "draft_model": {"layers", "source"}}
+    given = {"layers", "draft_vocab", "rollouts", "source"} & {
+        name for name, value in vars(options).items() if value is not None
+    }
+    if foreign := given - takes.get(options.kind, set()):
+        flag = min(foreign).replace("_", "-")
+        raise ConfigError("init", f"--{flag}", f"is not for a drafter of kind {options.kind}")
+    if options.kind == "draft_model":
+        return {"layers": options.layers, "source": options.source}
+    chosen: dict[str, Any] = {"layer_ids": tuple(options.layers)} if options.layers else {}
+    if options.draft_vocab is not None:
+        chosen["draft_ids"] = _draft_ids(options.rollouts, vocab_size, options.draft_vocab)
+    return chosen
+
+
+def _draft_ids(rollouts: Path | None, vocab_size: int, size: int) -> Any:
+    from drafttrain.drafters.vocabulary import choose_vocabulary
+    from drafttrain.rollouts.replay import Replay
+
+    if rollouts is None:
+        raise ConfigError("init", "--rollouts", "is needed to choose a draft vocabulary")
+    replay = Replay(rollouts)
+    replay.refresh()
+    vocabulary = choose_vocabulary(replay.training, vocab_size, size)
+    print(f"draft vocabulary: {size} tokens hold {vocabulary.coverage:.2%} of those sampled")
+    return vocabulary.ids
+
+
+def _pretrain(options: argparse.Namespace) -> None:
     from drafttrain.config import PretrainConfig, TrainingConfig
     from drafttrain.pretrain.command import PretrainCommand
     from drafttrain.pretrain.display import show_pretrain
@@ -110,8 +161,7 @@ def pretrain(options: argparse.Namespace) -> None:
         print(json.dumps(summary))
 
 
-def evaluate_drafters(options: argparse.Namespace) -> None:
-    """The ``eval`` command."""
+def _eval(options: argparse.Namespace) -> None:
     if options.engine:
         from drafttrain.demo import ENVIRONMENT
 

@@ -1,0 +1,37 @@
+"""What the commands share: kinds of arguments, and how a command is added."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+
+def add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str
+) -> argparse.ArgumentParser:
+    """A subcommand `name`, described by `text`, that calls `run` with the parsed options."""
+    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    command.set_defaults(handler=run)
+    return command
+
+
+def positive(text: str) -> int:
+    """An argument that is a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}; expected at least 1")
+    return value
+
+
+def above_zero(text: str) -> float:
+    """An argument that is a number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{value}; expected a number above 0")
+    return value
+
+
+def numbers(text: str) -> list[int]:
+    """An argument that is a list of whole numbers, as 1,5,9."""
+    return [int(part) for part in text.split(",")]
