@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 from collections.abc import Iterable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -106,4 +107,6 @@ def _start(stack: ExitStack, worker: Worker, cell: Cell) -> _Run | None:
             worker = Worker(worker.name, cell, variant).wait()
         else:
             stack.callback(worker.close)
+            report = f"  {worker.name} ({worker.variant}): {counted.seconds:.2f} s a step"
+            print(report, file=sys.stderr, flush=True)
             return _Run(worker, counted.peak_bytes, [counted.seconds], repeatable)
