@@ -18,7 +18,7 @@ from drafttrain.checkpoints.registry import Registry
 @pytest.fixture(scope="module")
 def rollouts(plain_engine: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sampled without speculation, and saved as token ids."""
-    asked = prompts([8 + i % 9 for i in range(400)], salt=77)
+    asked = prompts([8 + i % 9 for i in range(240)], salt=77)
     outputs = generate(plain_engine, asked, sampled(1.0, 48))
     path = tmp_path_factory.mktemp("saved") / "rollouts.jsonl"
     rows = [
