@@ -28,7 +28,7 @@ import numpy as np
 
 KS = (0, 1, 2, 3, 4, 5)
 FITTED_KS = (0, 2, 5)
-BATCHES = (1, 2, 4, 8, 16)
+BATCHES = (1, 4, 16)
 ROUNDS = 3
 PROMPT = 14
 MAX_MODEL_LEN = 256
@@ -155,7 +155,7 @@ def lengths_of(batch: int) -> np.ndarray:
     """Response lengths of a batch: a long tail, ascending; float64 [batch]."""
     from drafttrain.simulator.scenario import Responses
 
-    return np.floor(Responses(median=70, spread=0.5, cap=200).sample(batch))
+    return np.floor(Responses(median=40, spread=0.6, cap=120).sample(batch))
 
 
 def measure(engines: list[Engine]) -> dict[tuple[int, int], float]:
