@@ -4,8 +4,8 @@ Engines of one small policy, one for each k, generate batches of responses whose
 long tail, so that the running batch shrinks. Every engine step is timed. :class:`EngineCost` is
 fitted to the steps of some k, and acceptance by position is read from the engine with the most
 drafts; with these the simulator predicts tokens per second of every k and batch, of which only the
-fitted k were seen before. Rounds of all engines alternate, and medians are reported, because the
-speed of a shared machine moves.
+fitted k were seen before. Seconds are of this process's computing time on one core, and rounds of
+all engines alternate: others may use the machine meanwhile.
 
     python -m benchmarks.simulate_vs_engine [--policy DIR --drafter DIR] [--json]
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -28,7 +29,7 @@ import numpy as np
 
 KS = (0, 1, 2, 3, 4, 5)
 FITTED_KS = (0, 2, 5)
-BATCHES = (1, 2, 4, 8, 16)
+BATCHES = (1, 4, 16)
 ROUNDS = 3
 PROMPT = 14
 MAX_MODEL_LEN = 256
@@ -53,16 +54,16 @@ class Engine:
         def timed() -> Any:
             # Requests still waiting are prefilled in this step.
             batch = 0 if scheduler.waiting else len(scheduler.running)
-            start = time.perf_counter()
+            start = time.process_time()
             outputs = step()
             if batch:
-                self.steps[batch].append(time.perf_counter() - start)
+                self.steps[batch].append(time.process_time() - start)
             return outputs
 
         engine.step = timed
 
     def generate(self, lengths: np.ndarray) -> float:
-        """Tokens per second of one batch of responses of given lengths."""
+        """Tokens per second of computing of one batch of responses of given lengths."""
         from vllm import SamplingParams
 
         sampling = [
@@ -70,9 +71,9 @@ class Engine:
             for n in lengths.astype(int).tolist()
         ]
         prompts = [{"prompt_token_ids": list(range(2, 2 + PROMPT))} for _ in sampling]
-        start = time.perf_counter()
+        start = time.process_time()
         self.llm.generate(prompts, sampling, use_tqdm=False)
-        return float(lengths.sum() / (time.perf_counter() - start))
+        return float(lengths.sum() / (time.process_time() - start))
 
     def accepted_per_position(self) -> list[float]:
         """Fraction of rounds that accepted each position, from the engine's counters."""
@@ -100,6 +101,7 @@ def main() -> None:
         policy, drafter = options.policy, options.drafter
         if policy is None or drafter is None:
             policy, drafter = make_models(Path(made))
+        print(f"starting {len(KS)} engines", file=sys.stderr)
         engines = [start_engine(policy, drafter, k) for k in KS]
         measured = measure(engines)
     result = judge(engines, measured)
@@ -155,7 +157,7 @@ def lengths_of(batch: int) -> np.ndarray:
     """Response lengths of a batch: a long tail, ascending; float64 [batch]."""
     from drafttrain.simulator.scenario import Responses
 
-    return np.floor(Responses(median=70, spread=0.5, cap=200).sample(batch))
+    return np.floor(Responses(median=40, spread=0.6, cap=120).sample(batch))
 
 
 def measure(engines: list[Engine]) -> dict[tuple[int, int], float]:
@@ -164,7 +166,8 @@ def measure(engines: list[Engine]) -> dict[tuple[int, int], float]:
     for engine in engines:
         engine.generate(lengths_of(max(BATCHES)))  # what is slow the first time only
         engine.steps.clear()
-    for _ in range(ROUNDS):
+    for done in range(ROUNDS):
+        print(f"round {done + 1} of {ROUNDS}", file=sys.stderr)
         for batch in BATCHES:
             for engine in engines:
                 rates[engine.k, batch].append(engine.generate(lengths_of(batch)))
@@ -229,7 +232,7 @@ def as_text(result: dict[str, Any]) -> str:
     cost = {name: f"{1e3 * seconds:.3f} ms" for name, seconds in result["cost"].items()}
     accepted = " ".join(f"{rate:.2f}" for rate in result["accepted_per_position"])
     lines = [f"cost of a step: {cost}", f"accepted by position: {accepted}", ""]
-    lines.append("  k  batch  measured  predicted   error   (tokens/s; * held out)")
+    lines.append("  k  batch  measured  predicted   error  (tokens/s of one core; * held out)")
     for row in result["runs"]:
         mark = "*" if row["held_out"] else " "
         lines.append(
