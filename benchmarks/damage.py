@@ -21,6 +21,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ def families(target: Target) -> dict[str, list[Case]]:
     """Every way to break something, by what is broken."""
 
     def bound(attack: Callable[[Any, random.Random], Outcome], damages: list[Any]) -> list[Case]:
-        return [lambda rng, damage=damage: attack(damage, rng) for damage in damages]
+        return [partial(attack, damage) for damage in damages]
 
     return {
         "torn files": bound(target.checkpoint, folders.TORN),

@@ -115,15 +115,11 @@ def make_models(folder: Path) -> tuple[Path, Path]:
     from drafttrain.demo.policy import Recipe, new_policy
     from drafttrain.demo.task import Task
     from drafttrain.drafters import KINDS, PolicyShape
-    from drafttrain.drafters.policy import read_policy_head
 
     policy, drafter = folder / "policy", folder / "drafter"
     new_policy(Task(), Recipe(), layers=24).save_pretrained(policy)
     shape = PolicyShape.from_folder(policy)
-    head = read_policy_head(policy, shape)
-    new = KINDS["eagle3"].initialise(shape)
-    new.adopt_head(head.lm_head, head.final_norm)
-    new.export(drafter, torch.float32)
+    KINDS["eagle3"].from_policy(policy, shape).export(drafter, torch.float32)
     return policy, drafter
 
 

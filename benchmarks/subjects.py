@@ -16,6 +16,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from drafttrain.checkpoints.manifest import Kind
 from drafttrain.drafters import KINDS, Drafter, PolicyShape
 
 MAX_LENGTH = 256
@@ -34,7 +35,7 @@ class Subject:
     """
 
     name: str
-    kind: str
+    kind: Kind
     family: str
     options: dict[str, Any] = field(default_factory=dict)
     overrides: dict[str, Any] = field(default_factory=dict)

@@ -143,9 +143,13 @@ def least_p_value(found: list[Stream], wanted: list[list[list[int]]]) -> float:
     for prompt, reference in enumerate(wanted):
         seen = [t for s in found if s.prompt == prompt for t in s.tokens.values()]
         for position in range(1, SAMPLED_TOKENS):  # the first comes from the prefill, undrafted
-            counts = [Counter((t[position],) for t in tokens) for tokens in (seen, reference)]
+            counts = [_next_tokens(tokens, position) for tokens in (seen, reference)]
             p_values.append(two_sample_p_value(*counts))
     return min(1.0, min(p_values) * len(p_values))
+
+
+def _next_tokens(continuations: list[list[int]], position: int) -> Counter[tuple[int, ...]]:
+    return Counter((tokens[position],) for tokens in continuations)
 
 
 def judge(streams: list[Stream], swaps: list[Swap], wanted: Expected) -> dict[str, Any]:
