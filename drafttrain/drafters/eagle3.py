@@ -166,8 +166,14 @@ class Eagle3Drafter(Drafter):
             layer_ids: aux layers it reads, ascending; :func:`default_layer_ids` when absent.
             draft_ids: int64 [Vd], ascending: the target ids it can draft; all when absent.
             variant: ``qwen3``, ``num_hidden_layers`` and the flags of the module's docstring.
+
+        Raises:
+            CheckpointError: an aux layer the policy does not have, or an unknown option.
         """
         ids = layer_ids or default_layer_ids(policy.num_layers)
+        if not all(0 <= layer <= policy.num_layers for layer in ids):
+            problem = f"{list(ids)}; the policy has layers 0 to {policy.num_layers}"
+            raise CheckpointError("eagle3", "layer_ids", problem)
         drafter = cls(_drafter_config(policy, ids, draft_ids, variant))
         for module in drafter.modules():
             if isinstance(module, nn.Linear):
