@@ -75,12 +75,12 @@ class Loop:
     def check_files(self) -> None:
         """Every version and every segment there is, whole."""
         registry = self.of.registry
-        versions = registry.versions()
+        latest, versions = registry.latest(), registry.versions()  # in this order: it only grows
         try:
             for version in set(versions) - self.seen:
                 verify(registry.folder(version))
                 self.seen.add(version)
-            if registry.latest() not in versions:
+            if latest not in versions:
                 raise CheckpointError(registry.root, "latest", "points to no version")
         except CheckpointError as error:
             if registry.versions()[:1] == versions[:1]:  # not pruned meanwhile

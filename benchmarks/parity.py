@@ -198,6 +198,8 @@ def compare(
         hidden = bench.drafter.unroll(batch, head.embed_tokens, k)
         logits = hidden @ bench.drafter.head_weight(head.lm_head).T
         theirs = torch.tensor([drafted.tokens for drafted in part]).T
+        if bench.drafter.draft_ids is not None:  # to rows of the head
+            theirs = torch.searchsorted(bench.drafter.draft_ids, theirs)
         same = logits.argmax(-1) == theirs
         gap = logits.amax(-1) - logits.gather(-1, theirs[..., None])[..., 0]
         positions += same.numel()

@@ -94,6 +94,6 @@ def test_attend(sizes: list[tuple[int, int]], depths: int, square_at_once: int) 
     keys = [normal(slots if d == 0 else rounds, 2, 8, seed=10 + d) for d in range(depths)]
     values = [normal(slots if d == 0 else rounds, 2, 8, seed=20 + d) for d in range(depths)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "_SQUARE_AT_ONCE", square_at_once)
+        patch.setattr(attention, "SQUARE_AT_ONCE", square_at_once)
         got = attend(query, keys, values, AttentionPlan(batch))
         assert_same(got, plain_attention(batch, query, keys, values), query, *keys, *values)

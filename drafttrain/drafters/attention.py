@@ -23,7 +23,7 @@ from torch import Tensor
 from drafttrain.drafters.batch import Batch
 
 # Slots squared that are attended to together, over all rollouts of a group; bounds the scores.
-_SQUARE_AT_ONCE = 1 << 17
+SQUARE_AT_ONCE = 1 << 17
 # Share of a group's scores that may be padding.
 _PADDING = 0.25
 
@@ -76,7 +76,7 @@ class _Group:
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Queries [start, stop) at a time."""
-        step = max(1, _SQUARE_AT_ONCE // (self.rollouts * self.size))
+        step = max(1, SQUARE_AT_ONCE // (self.rollouts * self.size))
         for start in range(0, self.size, step):
             yield start, min(start + step, self.size)
 
@@ -124,7 +124,7 @@ def _groups(
 
 def _fit_together(slots: list[int]) -> bool:
     square = len(slots) * max(slots) ** 2
-    return square <= _SQUARE_AT_ONCE and square * (1 - _PADDING) <= sum(s * s for s in slots)
+    return square <= SQUARE_AT_ONCE and square * (1 - _PADDING) <= sum(s * s for s in slots)
 
 
 def _placed(first_row: int, places: Tensor, size: int) -> _Placed:

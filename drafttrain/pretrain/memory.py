@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from torch import nn
 
 from drafttrain.config import PretrainConfig
+from drafttrain.drafters.attention import SQUARE_AT_ONCE
 from drafttrain.drafters.contract import Drafter
 from drafttrain.drafters.policy import PolicyShape
 from drafttrain.errors import ConfigError
 from drafttrain.opening import readable
 from drafttrain.rollouts.record import FeatureLayout
 from drafttrain.rollouts.segment import DTYPES
+from drafttrain.training.losses import LOGITS_AT_ONCE
 
 _FLOAT = 4
 # Weights, gradients, two Adam moments, moving average; all float32.
@@ -23,9 +25,8 @@ _TRAINER_COPIES = 5
 # Float32 numbers that one depth of a drafter's layer keeps for backward, for each token: in units
 # of the hidden size (norms, projections, residuals) and of the intermediate size (gated MLP).
 _HIDDEN_KEPT, _INTERMEDIATE_KEPT = 18, 4
-# [rows, V] tensors of one depth alive at the peak of a chunk of the loss.
-_LOGITS_ALIVE = 5
-_LOSS_CHUNK = 2048
+# Copies of the attention scores that exist at once.
+_SCORES_ALIVE = 3
 # Steps whose features exist at once: the one being trained on and those loaded ahead.
 _STEPS_LOADED = 3
 
@@ -70,10 +71,10 @@ def predict(
     per_token = (len(layout.layer_ids) + 1) * width * element
     depths = config.training.draft_tokens
     batch = max(config.microbatch_tokens, longest)
-    rows = min(batch, _LOSS_CHUNK)
+    logits = min(depths * batch * vocab, LOGITS_AT_ONCE)
     heads = int(policy.config.num_attention_heads)
     layer = _HIDDEN_KEPT * width + _INTERMEDIATE_KEPT * _widest(drafter, vocab)
-    scores = 2 * heads * min(longest, batch)
+    scores = heads * max(SQUARE_AT_ONCE, longest) * _SCORES_ALIVE
     weights = sum(parameter.numel() for parameter in drafter.parameters())
     parts = {
         "policy": policy_bytes,
@@ -84,8 +85,8 @@ def predict(
         * config.microbatches_per_step
         * config.microbatch_tokens
         * per_token,
-        "drafter's activations": depths * batch * (layer + scores) * _FLOAT,
-        "logits": depths * rows * vocab * _LOGITS_ALIVE * _FLOAT,
+        "drafter's activations": (depths * batch * layer + scores) * _FLOAT,
+        "logits, the policy's too": (logits + logits // depths) * _FLOAT,
     }
     return MemoryPlan(parts)
 

@@ -20,7 +20,7 @@ from drafttrain.drafters.kernels import compute_dtype
 from drafttrain.training.objectives import OBJECTIVES
 
 # Draft logits that exist at once, and those worked on at once (on a CPU: what its cache holds).
-_CHUNK_ELEMENTS = 1 << 25
+LOGITS_AT_ONCE = 1 << 24
 _BLOCK_ELEMENTS = 1 << 18
 
 
@@ -160,7 +160,7 @@ def draft_loss(
     if token_weights is not None:
         weights = weights * token_weights[rows.row + 1]  # row r predicts token r + 1
     weights = weights / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
-    chunk = chunk or max(1, _CHUNK_ELEMENTS // (len(hidden) * len(draft_head)))
+    chunk = chunk or max(1, LOGITS_AT_ONCE // (len(hidden) * len(draft_head)))
     loss, overlap = _ChunkedLoss.apply(
         hidden,
         draft_head,
