@@ -41,7 +41,7 @@ class Cost:
 def cost(llm: Any, salt: int) -> Cost:
     shortest, longest = TOKENS
     lengths = [shortest + i * (longest - shortest) // REQUESTS for i in range(REQUESTS)]
-    params = [sampled(1.0, length, seed=salt + i) for i, length in enumerate(lengths)]
+    params = [sampled(1.0, length) for length in lengths]
     batch = prompts([24] * REQUESTS, salt)
     wall, cpu = time.perf_counter(), time.process_time()
     completions = generate(llm, batch, params)
