@@ -14,15 +14,17 @@ from drafttrain.errors import ConfigError
 from drafttrain.pretrain.memory import MemoryPlan, fit_microbatch, predict
 
 MEASURE = """
-import resource, sys
+import re, sys
+from pathlib import Path
 import torch
 sys.path.insert(0, {tests!r})
 import test_memory as t
 import making
 from drafttrain.training.trainer import Trainer
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak():  # of this program; getrusage's would count the process that started it
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) * 1024
 
 policy, config = t.policy(), t.config({tokens})
 layout = making.layout(policy)
