@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 
 from drafttrain.drafters.policy import PolicyShape
 from drafttrain.rollouts.sources import SavedRollout
-from drafttrain.training.corpus import of_similar_length
 from drafttrain.training.teacher import Teacher
 
 _TRAINER = """
@@ -51,7 +50,9 @@ def dump_features(
     # It wants the last hidden state before the final norm: the state after the last layer.
     teacher = Teacher(target, (*layer_ids, last))
     numbers = {id(rollout): number for number, rollout in enumerate(rollouts)}
-    for part in of_similar_length(rollouts, 4096):
+    by_length = sorted(rollouts, key=lambda rollout: rollout.length)
+    for start in range(0, len(rollouts), 32):
+        part = by_length[start : start + 32]
         for rollout, features in zip(part, teacher.features(part), strict=True):
             assert features.aux_hidden is not None
             tensors = {

@@ -93,8 +93,8 @@ class PretrainConfig(Section):
     training: TrainingConfig = TrainingConfig()
     steps: int = Field(1000, ge=1)
     """Optimizer steps at most."""
-    microbatch_tokens: int = Field(512, ge=1)
-    """Padded tokens that go through policy and drafter at once; a step adds up several."""
+    microbatch_tokens: int = Field(1024, ge=1)
+    """Rollout tokens that go through policy and drafter at once; a step adds up several."""
     evaluate_every: int = Field(50, ge=1)
     """Steps between two held-out estimates; the run's state is saved with each."""
     holdout_fraction: Fraction = 0.125

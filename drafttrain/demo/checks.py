@@ -39,14 +39,16 @@ def sampled_p_value(
 def tap_overhead(
     arm: Arm, prompts: Sequence[list[int]], max_tokens: int, eos: int, pairs: int = 10
 ) -> float:
-    """Rollout time a token with the tap on over that with it off, minus one; median of pairs."""
+    """Rollout time with the tap on over that with it off, minus one; median of pairs.
+
+    Greedy, so that both of a pair do the same work.
+    """
     ratios = []
     for pair in range(pairs):
         seconds = {}
         for capture in (True, False) if pair % 2 else (False, True):
             arm.capture(capture)
-            report = arm.rollout(prompts, max_tokens, eos)
-            seconds[capture] = report.seconds / report.tokens
+            seconds[capture] = arm.rollout(prompts, max_tokens, eos, temperature=0.0).seconds
         ratios.append(seconds[True] / seconds[False])
     arm.capture(False)
     return median(ratios) - 1.0

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
+from torch import set_num_threads
 
 from drafttrain.errors import DrafttrainError
 
@@ -24,7 +24,9 @@ SIDECAR_CORES = CORES[len(ENGINE_CORES) :] or CORES
 def use_cores(cores: list[int]) -> None:
     """Keep this process, torch's threads included, on `cores`."""
     os.sched_setaffinity(0, cores)
-    torch.set_num_threads(len(cores))
+    # The function as torch has it: vLLM's CPU worker puts one that does nothing in its place, and
+    # two threads on one core wait for each other at every operation.
+    set_num_threads(len(cores))
 
 
 @contextmanager

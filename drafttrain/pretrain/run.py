@@ -280,7 +280,7 @@ def pretrain(
         training=config,
         steps=steps,
         evaluate_every=steps,
-        microbatch_tokens=max(config.tokens_per_step // 4, 1),
+        microbatch_tokens=config.tokens_per_step,
     )
     corpus = Corpus.of_replay(
         replay, microbatch_tokens=settings.microbatch_tokens, seed=config.seed

@@ -229,9 +229,11 @@ class Replay:
 
         They are mapped now, so that none can go away between a refresh and its use.
         """
-        on_disk = versions & set(self._reader.heads())
-        self._heads = {version: self._heads[version] for version in on_disk & self._heads.keys()}
-        for version in sorted(versions - self._heads.keys()):
+        there = set(self._reader.heads())
+        self._heads = {v: self._heads[v] for v in versions & there & self._heads.keys()}
+        # Engines keep the newest heads only: that older ones are gone is nothing to warn of.
+        oldest = min(there, default=0)
+        for version in sorted(v for v in versions - self._heads.keys() if v >= oldest):
             try:
                 self.head(version)
             except RolloutError as error:

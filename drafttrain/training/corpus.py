@@ -6,10 +6,10 @@
                                 ├──▶ Corpus ──▶ Loader (a thread, ahead of the step) ──▶ Trainer
     spool ──────────▶ mapped ───┘
 
-The microbatch is the unit of everything: its rollouts, of one policy version and of similar length,
-go through the policy and through the drafter together, always in the same order. So features come
-out with the same bits however often they are computed, in whichever process, before or after a
-restart; and a step is the same step for one process and for many.
+The microbatch is the unit of everything: its rollouts, of one policy version, go through the policy
+and through the drafter together, always in the same order. So features come out with the same bits
+however often they are computed, in whichever process, before or after a restart; and a step is the
+same step for one process and for many.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
 
 import torch
 
@@ -32,7 +31,6 @@ from drafttrain.rollouts.sources.samples import SavedRollout
 from drafttrain.training.teacher import Teacher
 
 Entry = Rollout | SavedRollout
-_Entry = TypeVar("_Entry", bound=Entry)
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class Corpus:
         keep_bytes: int = 0,
         seed: int = 0,
     ) -> None:
-        """Divide rollouts into microbatches of at most `microbatch_tokens`, padding included.
+        """Divide rollouts into microbatches of at most `microbatch_tokens` each.
 
         Args:
             features: what computes those of rollouts saved without.
@@ -238,29 +236,30 @@ class Loader:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def of_similar_length(entries: Sequence[_Entry], tokens: int) -> Iterator[list[_Entry]]:
-    """Divide rollouts so that each part, padded to its longest, has at most `tokens` tokens.
-
-    A rollout longer than that makes a part of its own.
-    """
-    part: list[_Entry] = []
-    for entry in sorted(entries, key=lambda entry: entry.length):
-        if part and (len(part) + 1) * entry.length > tokens:
-            yield part
-            part = []
-        part.append(entry)
-    if part:
-        yield part
-
-
 def _divide(entries: Sequence[Entry], tokens: int, seed: int) -> Iterator[list[Entry]]:
-    """Groups of one policy version and similar length; which of equal length is chance."""
+    """Groups of at most `tokens` tokens and one policy version, otherwise drawn by chance.
+
+    Not of one length: a drafter learns far less from steps that are all short or all long.
+    """
     generator = torch.Generator().manual_seed(seed)
     shuffled = [entries[i] for i in torch.randperm(len(entries), generator=generator).tolist()]
     versions = sorted({_version(entry) for entry in entries})
     for version in versions:
-        same = [entry for entry in shuffled if _version(entry) == version]
-        yield from of_similar_length(same, tokens)
+        group: list[Entry] = []
+        room = tokens
+        for entry in (entry for entry in shuffled if _version(entry) == version):
+            if group and entry.length > room:
+                yield _by_length(group)
+                group, room = [], tokens
+            group.append(entry)
+            room -= entry.length
+        if group:
+            yield _by_length(group)
+
+
+def _by_length(group: list[Entry]) -> list[Entry]:
+    """Attention and the teacher are cheapest when similar lengths stand together."""
+    return sorted(group, key=lambda entry: entry.length)
 
 
 def _version(entry: Entry) -> int:

@@ -4,8 +4,9 @@ It computes what is asked for when it is asked for, so features stream into trai
 on disk unless somebody wants them there. Any causal LM of transformers will do whose logits are its
 ``lm_head`` times its last hidden state; that is tried on a few tokens before anything else happens.
 
-Memory is bounded by `chunk` tokens: rollouts of similar length are padded to one batch, and a batch
-longer than the chunk goes through in pieces that share a key-value cache, as in chunked prefill.
+Memory is bounded by `chunk` tokens: neighbours of similar length are padded to one batch, and a
+rollout longer than the chunk goes through in pieces that share a key-value cache, as in chunked
+prefill.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from drafttrain.rollouts.sources.samples import SavedRollout
 
 # How far lm_head times the last hidden state may be from the model's own logits, relative to them.
 _HEAD_TOLERANCE = 0.02
+# Share of the tokens that go through the policy together that may be padding.
+_PADDING = 0.25
 
 
 class Teacher:
@@ -100,17 +103,20 @@ class Teacher:
 
     @torch.no_grad()
     def features(self, saved: Sequence[SavedRollout]) -> list[Rollout]:
-        """Run the policy over some rollouts together.
+        """Run the policy over some rollouts; cheapest when similar lengths stand together.
 
         The same rollouts in the same order give the same bits; others beside them may change the
         last ones.
         """
-        tokens = pad_sequence([rollout.tokens.long() for rollout in saved], batch_first=True)
+        parts = _padded_together(saved, self._chunk)
+        return [rollout for part in parts for rollout in self._features_of(part)]
+
+    def _features_of(self, part: Sequence[SavedRollout]) -> Iterator[Rollout]:
+        tokens = pad_sequence([rollout.tokens.long() for rollout in part], batch_first=True)
         last_hidden, aux_hidden = self._forward(tokens.to(self._device))
-        return [
-            _rollout(rollout, last_hidden[row, : rollout.length], aux_hidden[row, : rollout.length])
-            for row, rollout in enumerate(saved)
-        ]
+        for row, rollout in enumerate(part):
+            within = row, slice(rollout.length)
+            yield _rollout(rollout, last_hidden[within], aux_hidden[within])
 
     def _forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """[B, T] to the last hidden states [B, T, H] and aux states [B, T, A, H].
@@ -158,6 +164,21 @@ class Teacher:
         if not bool((ours - logits).abs().max() <= _HEAD_TOLERANCE * logits.abs().max()):
             problem = "logits are not lm_head times the last hidden state; not supported"
             raise CheckpointError(folder, "lm_head", problem)
+
+
+def _padded_together(saved: Sequence[SavedRollout], chunk: int) -> Iterator[list[SavedRollout]]:
+    """Neighbours that, padded to the longest, stay within `chunk` tokens and are little padding."""
+    part: list[SavedRollout] = []
+    for rollout in saved:
+        together = [*part, rollout]
+        padded = len(together) * max(each.length for each in together)
+        tokens = sum(each.length for each in together)
+        if part and (padded > chunk or tokens < (1 - _PADDING) * padded):
+            yield part
+            together = [rollout]
+        part = together
+    if part:
+        yield part
 
 
 def _rollout(saved: SavedRollout, last_hidden: Tensor, aux_hidden: Tensor) -> Rollout:
