@@ -36,7 +36,7 @@ class TrainingConfig(Section):
     depth_decay: float = Field(1.0, gt=0, le=1)
     """Weight of depth j is ``depth_decay ** j``."""
     staleness_decay: float = Field(1.0, gt=0, le=1)
-    """Weight of a rollout n policy versions behind the newest of its step is this to the n."""
+    """Weight of a rollout n policy versions behind the newest is this to the n."""
     learning_rate: float = Field(1e-3, gt=0)
     average_decay: float = Field(0.95, ge=0, lt=1)
     """The sidecar publishes a moving average of the weights; this much of it stays at each step."""

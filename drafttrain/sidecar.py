@@ -103,7 +103,12 @@ class Sidecar:
             rollouts = self.replay.sample(
                 self.trainer.generator, self.config.training.tokens_per_step
             )
-            report = self.trainer.step(rollouts, self.replay.layout, self.replay.heads_of(rollouts))
+            report = self.trainer.step(
+                rollouts,
+                self.replay.layout,
+                self.replay.heads_of(rollouts),
+                self.replay.newest_policy_version,
+            )
             self.tokens_on_current += report.tokens
         self.events.append(
             "trained",

@@ -131,9 +131,8 @@ class Registry:
                 verify(unfinished, target)
                 _sync(unfinished)
                 unfinished.rename(self._path(version))
-            except BaseException:
-                shutil.rmtree(unfinished, ignore_errors=True)
-                raise
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)  # gone, once it has its name
             _sync(self._home)
             self._point("latest", version)
         return manifest

@@ -136,12 +136,13 @@ def attend(query: Tensor, keys: list[Tensor], values: list[Tensor], plan: Attent
     """Attention of draft depth ``len(keys) - 1`` from every round of a batch.
 
     Args:
-        query: [R, heads, d], one for each round.
-        keys, values: depth 0's [S, heads, d] for every slot, then [R, heads, d] for each depth.
+        query: [R, heads, d], one for each round; rows may follow that are padding.
+        keys, values: depth 0's [S, heads, d] for every slot, then [R, heads, d] for each depth,
+            padded likewise.
         plan: of the same batch.
 
     Returns:
-        [R, heads, d].
+        [R, heads, d]; what stands in padding is finite and has no gradient.
     """
     attended: Tensor = _Attend.apply(plan, query, *keys, *values)
     return attended
@@ -153,8 +154,8 @@ class _Attend(torch.autograd.Function):
         depths = len(keys_values) // 2
         keys, values = keys_values[:depths], keys_values[depths:]
         scaled = query * (1.0 / math.sqrt(query.shape[-1]))
-        out = torch.empty_like(scaled)
-        lse = out.new_empty(*out.shape[:2], 1, dtype=_wide(out))
+        out = torch.zeros_like(scaled)
+        lse = out.new_zeros(*out.shape[:2], 1, dtype=_wide(out))
         for group in plan.groups:
             q = group.pad(scaled, group.rounds)
             k, v = group.pad(keys[0], group.slots), group.pad(values[0], group.slots)
@@ -179,7 +180,7 @@ class _Attend(torch.autograd.Function):
         keys, values = keys_values[:depths], keys_values[depths:]
         grad = grads[0].contiguous()
         delta = _dot(grad, out)
-        grad_query = torch.empty_like(scaled)
+        grad_query = torch.zeros_like(scaled)
         grad_keys, grad_values = [torch.zeros_like(keys[0])], [torch.zeros_like(values[0])]
         for group in ctx.plan.groups:
             q, g = group.pad(scaled, group.rounds), group.pad(grad, group.rounds)

@@ -11,6 +11,10 @@ from torch import Tensor
 
 from drafttrain.rollouts.record import FeatureLayout, PolicyHead, Rollout, sampled_runs
 
+ROW_MULTIPLE = 64
+"""Rows that go through a drafter are padded to a multiple of this. A CPU's matrix products are
+compiled for every new shape, which takes as long as a small one runs; this keeps shapes few."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -95,6 +99,18 @@ class Batch:
             if isinstance(value := getattr(self, name), Tensor)
         }
         return replace(self, **moved)
+
+
+def pad_rows(rows: Tensor, fill: int | None = None) -> Tensor:
+    """Lengthen indices [N], by one at least, to a multiple of :data:`ROW_MULTIPLE`.
+
+    Args:
+        fill: what with; when absent, their first.
+    """
+    missing = ROW_MULTIPLE - len(rows) % ROW_MULTIPLE
+    if fill is None and len(rows):
+        return torch.cat([rows, rows[:1].expand(missing)])
+    return torch.cat([rows, rows.new_full((missing,), fill or 0)])
 
 
 def make_batch(rollouts: Sequence[Rollout], layout: FeatureLayout, head: PolicyHead) -> Batch:

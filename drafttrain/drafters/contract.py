@@ -39,10 +39,13 @@ class Drafter(nn.Module, ABC):
     Attributes:
         kind: the registry's name for this architecture.
         layer_ids: aux layers of the policy it reads, sorted; () when none.
+        same_at_every_depth: whether its draft for a token is the same at whatever depth it is
+            drafted, so that one depth is all there is to train.
     """
 
     kind: ClassVar[Kind]
     layer_ids: tuple[int, ...]
+    same_at_every_depth: ClassVar[bool] = False
 
     @property
     def device(self) -> torch.device:

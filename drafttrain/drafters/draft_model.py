@@ -43,6 +43,7 @@ class DraftModel(Drafter):
 
     kind: ClassVar[Kind] = "draft_model"
     layer_ids = ()
+    same_at_every_depth: ClassVar[bool] = True
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()

@@ -32,7 +32,7 @@ from drafttrain.checkpoints.eagle3_format import ARCHITECTURES_EAGLE3, LAYER, LA
 from drafttrain.checkpoints.manifest import Kind, TargetFingerprint
 from drafttrain.checkpoints.speculators_format import as_speculators, with_t2d
 from drafttrain.checkpoints.verify import verify
-from drafttrain.drafters.batch import Batch
+from drafttrain.drafters.batch import Batch, pad_rows
 from drafttrain.drafters.contract import Drafter, write_drafter
 from drafttrain.drafters.eagle3_layer import AttentionPlans, Eagle3Layer, Rotation, UnrolledLayer
 from drafttrain.drafters.kernels import compute_dtype, unit_rms
@@ -99,27 +99,31 @@ class Eagle3Drafter(Drafter):
 
     def unroll(self, batch: Batch, embed_tokens: Tensor, depths: int) -> Tensor:
         dtype, eps = compute_dtype(self.fc.weight), self.config.rms_norm_eps
-        hidden = F.linear(self._features(batch).to(dtype), self.fc.weight.to(dtype))
+        # Padded, so that what is behind their ends is nobody's and gets no gradient.
+        slots, rounds = pad_rows(batch.slots), pad_rows(batch.rounds)
+        hidden = F.linear(self._features(batch, slots).to(dtype), self.fc.weight.to(dtype))
         layers = self._unrolled_layers(batch, embed_tokens, dtype)
-        slots, outputs = batch.slots, []
+        # Depth 0 has keys at every slot, prompts included; rounds start only at some of them.
+        starts, rows, outputs = batch.slots, slots, []
         for depth in range(depths):
-            # Past a rollout's end there is nothing to embed, and nothing there is trained on.
-            embedded = (slots + 1 + depth).clamp_max(len(batch.tokens) - 1)
-            rotation = self._rotation(batch.positions[slots] + depth, dtype)
+            # Past the last token there is nothing to embed, and nothing there is trained on.
+            end = len(batch.tokens)
+            embedded = pad_rows((starts + 1 + depth).clamp_max(end), fill=end)
+            rotation = self._rotation(batch.positions[rows] + depth, dtype)
             for layer in layers:
                 hidden = layer(hidden, embedded, rotation)
-            # Depth 0 has keys at every slot, prompts included; rounds start only at some of them.
-            slots = batch.rounds
-            outputs.append(unit_rms(hidden, eps) * self.norm.weight.to(dtype))
+            drafting = unit_rms(hidden, eps) * self.norm.weight.to(dtype)
+            outputs.append(drafting[: len(batch.rounds)])
             if self.config.norm_output:
-                hidden = outputs[-1]
+                hidden = drafting
+            starts, rows = batch.rounds, rounds
         return torch.stack(outputs)
 
-    def _features(self, batch: Batch) -> Tensor:
-        """[S, A * Ht]: the policy's aux states at every slot, as ``fc`` reads them."""
+    def _features(self, batch: Batch, slots: Tensor) -> Tensor:
+        """[S, A * Ht]: the policy's aux states at `slots`, as ``fc`` reads them."""
         if batch.aux_hidden is None:
             raise ValueError("an Eagle3 drafter needs the policy's aux hidden states")
-        states, eps = batch.aux_hidden[batch.slots], self.config.rms_norm_eps
+        states, eps = batch.aux_hidden[slots], self.config.rms_norm_eps
         if self.input_norm is not None:
             together = states.to(self.fc.weight.dtype).flatten(1)
             normed: Tensor = unit_rms(together, eps) * self.input_norm.weight
@@ -134,7 +138,7 @@ class Eagle3Drafter(Drafter):
     ) -> list[UnrolledLayer]:
         if self.embed_tokens is not None:
             embed_tokens = self.embed_tokens.weight
-        embeds = F.embedding(batch.tokens, embed_tokens).to(dtype)
+        embeds = F.embedding(pad_rows(batch.tokens, fill=0), embed_tokens).to(dtype)
         plans = AttentionPlans(batch, len(self.layers))
         last, eps = len(self.layers) - 1, self.config.rms_norm_eps
         return [

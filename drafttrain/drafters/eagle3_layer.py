@@ -11,7 +11,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from drafttrain.checkpoints.eagle3_format import QWEN3
 from drafttrain.drafters.attention import AttentionPlan, attend
-from drafttrain.drafters.batch import Batch
+from drafttrain.drafters.batch import Batch, pad_rows
 from drafttrain.drafters.kernels import rotate, swiglu, take_rows, unit_rms
 
 Rotation = tuple[Tensor, Tensor]
@@ -63,7 +63,7 @@ class AttentionPlans:
     """
 
     def __init__(self, batch: Batch, layers: int) -> None:
-        self.starts = batch.starts_round.nonzero()[:, 0]
+        self.starts = pad_rows(batch.starts_round.nonzero()[:, 0], fill=len(batch.slots))
         self.rounds = AttentionPlan(batch)
         if layers > 1:
             self.slots = AttentionPlan(batch, torch.ones_like(batch.starts_round))
@@ -76,6 +76,8 @@ class UnrolledLayer:
     behind it, and projections of one input are one matrix. Query, key and value are linear in
     the embedding, so its share of them is computed once for each token; a depth takes the rows of
     the tokens it embeds.
+
+    Rows are padded behind (:func:`pad_rows`); what comes of the padding is never used.
 
     Args:
         layer: its weights.

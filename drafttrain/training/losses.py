@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from drafttrain.config import ObjectiveName
-from drafttrain.drafters.batch import Batch
+from drafttrain.drafters.batch import Batch, pad_rows
 from drafttrain.drafters.kernels import compute_dtype
 from drafttrain.training.objectives import OBJECTIVES
 
@@ -89,11 +89,13 @@ class DraftRows:
         row: int64 [N], indices into the batch's tokens.
         drafted_by: int64 [D, N], index of the round; 0 where no round drafted.
         drafted: bool [D, N].
+        count: of the rows; those behind are padding (:func:`pad_rows`), drafted by no round.
     """
 
     row: Tensor
     drafted_by: Tensor
     drafted: Tensor
+    count: int
 
     @classmethod
     def of(cls, batch: Batch, depths: int) -> DraftRows:
@@ -102,10 +104,12 @@ class DraftRows:
         round_at[batch.rounds] = torch.arange(len(batch.rounds), device=round_at.device)
         next_sampled = torch.cat([batch.runs[1:], batch.runs.new_zeros(1)]) > 0
         row = (batch.captured & (batch.runs > 0) & next_sampled).nonzero()[:, 0]
+        count, row = len(row), pad_rows(row)
         depth = torch.arange(depths, device=row.device)[:, None]
         drafted_by = round_at[(row - 1 - depth).clamp_min(0)]
         drafted = (drafted_by >= 0) & (batch.runs[row] > depth)
-        return cls(row, drafted_by.clamp_min(0), drafted)
+        drafted[:, count:] = False
+        return cls(row, drafted_by.clamp_min(0), drafted, count)
 
     def by_round(self, per_row: Tensor, rounds: int) -> Tensor:
         """[D, N, H] of rows to [D, R, H] of the rounds that drafted them; zero where none did."""
@@ -173,7 +177,7 @@ def draft_loss(
         chunk,
     )
     counts = rows.drafted.sum(1).clamp_min(1)
-    return DraftLoss(loss, overlap / counts, len(rows.row))
+    return DraftLoss(loss, overlap / counts, rows.count)
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -103,9 +103,16 @@ class Trainer:
         return whole_copy(self.drafter, self._plain) if self._devices.sharded else self.drafter
 
     def step(
-        self, rollouts: Sequence[Rollout], layout: FeatureLayout, heads: dict[int, PolicyHead]
+        self,
+        rollouts: Sequence[Rollout],
+        layout: FeatureLayout,
+        heads: dict[int, PolicyHead],
+        newest_policy: int | None = None,
     ) -> StepReport:
         """One optimizer step on `rollouts`, divided into microbatches here.
+
+        Args:
+            newest_policy: as for :meth:`step_on`.
 
         Raises:
             RolloutError: as :meth:`step_on`.
@@ -114,19 +121,22 @@ class Trainer:
         for version in sorted({rollout.policy_version for rollout in rollouts}):
             same_policy = [rollout for rollout in rollouts if rollout.policy_version == version]
             parts += list(split_by_tokens(same_policy, self.config.tokens_per_step))
-        return self.step_on(parts, layout, heads)
+        return self.step_on(parts, layout, heads, newest_policy)
 
     def step_on(
         self,
         parts: Sequence[Sequence[Rollout]],
         layout: FeatureLayout,
         heads: dict[int, PolicyHead],
+        newest_policy: int | None = None,
     ) -> StepReport:
         """One optimizer step; gradients add up over microbatches and processes, by their rows.
 
         Args:
-            parts: this process's microbatches, each of one policy version and similar lengths;
-                with sharded weights every process has the same number of them.
+            parts: this process's microbatches, each of one policy version; with sharded weights
+                every process has the same number of them.
+            newest_policy: the policy version that staleness counts from; when absent, the newest
+                of these microbatches.
 
         Raises:
             RolloutError: their aux layers are not the drafter's, or NaN or infinity came of them.
@@ -134,12 +144,13 @@ class Trainer:
         self.drafter.check_layout(layout)
         self._set_learning_rate()
         self.optimizer.zero_grad(set_to_none=True)
-        newest = max((part[0].policy_version for part in parts), default=0)
+        if newest_policy is None:
+            newest_policy = max((part[0].policy_version for part in parts), default=0)
         # Loss, tokens, rows and acceptance at each depth; the first and the last weighted by rows.
         sums = torch.zeros(3 + self.config.draft_tokens, dtype=torch.float64)
         for part in parts:
             version = part[0].policy_version
-            weight = self.config.staleness_decay ** (newest - version)
+            weight = self.config.staleness_decay ** (newest_policy - version)
             loss, acceptance, rows = self._backward(part, layout, heads[version], weight)
             tokens = sum(rollout.length for rollout in part)
             sums[:3] += torch.tensor([loss, tokens, rows], dtype=torch.float64)
@@ -177,16 +188,15 @@ class Trainer:
         layout: FeatureLayout,
         head: PolicyHead,
         weight: float,
-    ) -> tuple[float, Tensor, float]:
-        """Adds gradients; returns summed loss, mean acceptance and rows, all weighted."""
+    ) -> tuple[float, Tensor, int]:
+        """Adds gradients times `weight`; returns summed loss, mean acceptance and rows."""
         device = self._devices.device
         batch = self._with_noise(make_batch(rollouts, layout, head).to(device))
         policy_head = head.lm_head.to(device)
         bfloat16 = self.config.precision == "bfloat16"
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-            hidden = self.drafter.unroll(
-                batch, head.embed_tokens.to(device), self.config.draft_tokens
-            )
+            depths = 1 if self.drafter.same_at_every_depth else self.config.draft_tokens
+            hidden = self.drafter.unroll(batch, head.embed_tokens.to(device), depths)
             draft_head = self.drafter.head_weight(policy_head)
             result = draft_loss(
                 hidden,
@@ -197,9 +207,8 @@ class Trainer:
                 depth_decay=self.config.depth_decay,
                 draft_ids=self.drafter.draft_ids,
             )
-        rows = result.rows * weight
-        (result.loss * rows).backward()
-        return result.loss.item() * rows, result.acceptance, rows
+        (result.loss * (result.rows * weight)).backward()
+        return result.loss.item() * result.rows, result.acceptance, result.rows
 
     def _with_noise(self, batch: Batch) -> Batch:
         """Features with noise, as EAGLE trains on them (arXiv 2401.15077, section 3.2)."""

@@ -41,13 +41,14 @@ def layerwise_load(model: Any, policy: nn.Module, weights: Weights, model_config
     """
     with torch.no_grad(), _without_shared(model, policy), disable_mtp_completeness_check():
         initialize_layerwise_reload(model)
+        whole = False
         try:
             model.load_weights(weights)
             _check_whole(model)
-        except BaseException:
-            _forget_half_loaded(model)
-            raise
+            whole = True
         finally:
+            if not whole:
+                _forget_half_loaded(model)
             finalize_layerwise_reload(model, model_config)
 
 

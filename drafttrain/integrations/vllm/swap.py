@@ -146,11 +146,10 @@ class Swapper:
         return self._prepared[version]
 
     def _read_by_now(self, version: int) -> _Checkpoint:
-        try:
-            return self._reading(version).result()
-        except Exception:
-            self._prepared.pop(version, None)  # it may be mended
-            raise
+        reading = self._reading(version)
+        if reading.exception() is not None:
+            del self._prepared[version]  # it may be mended
+        return reading.result()
 
     def _read(self, registry: Registry, version: int) -> _Checkpoint:
         """In the reader's thread."""
