@@ -37,6 +37,8 @@ class TrainingConfig(Section):
     """Weight of depth j is ``depth_decay ** j``."""
     staleness_decay: float = Field(1.0, gt=0, le=1)
     """Weight of a rollout n policy versions behind the newest is this to the n."""
+    rejected_weight: float = Field(1.0, gt=0)
+    """Weight of tokens at which the engine rejected a draft; that of all others is 1."""
     learning_rate: float = Field(1e-3, gt=0)
     average_decay: float = Field(0.95, ge=0, lt=1)
     """The sidecar publishes a moving average of the weights; this much of it stays at each step."""

@@ -76,6 +76,7 @@ rollouts_of_one_segment = st.lists(
     policy_version=st.integers(0, 10**9),
     drafter_version=st.none() | st.integers(0, 10**6),
     layout=st.sampled_from([LAYOUT, NO_AUX]),
+    tells_rejections=st.booleans(),
 )
 def test_a_segment_reads_back_as_it_was_written(
     tmp_path_factory: pytest.TempPathFactory,
@@ -83,6 +84,7 @@ def test_a_segment_reads_back_as_it_was_written(
     policy_version: int,
     drafter_version: int | None,
     layout: FeatureLayout,
+    tells_rejections: bool,
 ) -> None:
     rollouts = [
         replace(
@@ -101,6 +103,7 @@ def test_a_segment_reads_back_as_it_was_written(
             accepted=count,
             reward=reward,
             temperature=temperature,
+            rejected=torch.arange(length) % 3 == 1 if tells_rejections else None,
         )
         for seed, (length, prompt, finish, count, reward, temperature, name) in enumerate(drawn)
     ]
@@ -254,6 +257,7 @@ GONE = torch.zeros(0)
         ({"last_hidden": torch.zeros(24, HIDDEN)}, {}, "last_hidden"),
         ({"aux_hidden": GONE}, {}, "aux_hidden"),
         ({"aux_hidden": torch.zeros(24, 2, HIDDEN, dtype=torch.bfloat16)}, {}, "aux_hidden"),
+        ({"rejected": torch.zeros(24)}, {}, "rejected"),
         ({"surprise": torch.ones(1)}, {}, "surprise"),
         ({}, {"layout": {**LAYOUT_IN_JSON, "layer_ids": []}}, "aux_hidden"),
         ({}, {"layout": {**LAYOUT_IN_JSON, "dtype": "int8"}}, "dtype"),

@@ -13,7 +13,7 @@ from drafttrain.config import TrainingConfig
 from drafttrain.control.acceptance import estimate_acceptance
 from drafttrain.errors import CheckpointError, RolloutError
 from drafttrain.rollouts.record import Rollout
-from drafttrain.training.trainer import Trainer
+from drafttrain.training.trainer import StepReport, Trainer
 
 POLICY = making.policy_shape()
 LAYOUT = making.layout(POLICY)
@@ -79,6 +79,22 @@ def test_staler_rollouts_weigh_less() -> None:
     # With next to no weight, the old ones only take part in the mean; rows are as many as slots.
     share = _rows(new) / (_rows(old) + _rows(new))
     assert norm(1e-6, [*old, *new]) == pytest.approx(share * norm(1.0, new), rel=1e-3)
+
+
+def test_tokens_whose_draft_was_rejected_weigh_as_told() -> None:
+    plain, told = making.rollouts(POLICY, 3, seed=1), making.rollouts(POLICY, 3, seed=2)
+    everywhere = [dataclasses.replace(r, rejected=torch.ones_like(r.captured)) for r in told]
+
+    def step(weight: float, rollouts: list[Rollout]) -> StepReport:
+        config = TrainingConfig(draft_tokens=3, rejected_weight=weight)
+        return Trainer(making.drafter(POLICY), config).step(rollouts, LAYOUT, heads(0))
+
+    alone = {name: step(1.0, rollouts) for name, rollouts in (("plain", plain), ("told", told))}
+    assert alone["plain"].loss != pytest.approx(alone["told"].loss, rel=1e-3)
+    for weight, like in ((1e-6, "plain"), (1e6, "told")):
+        mixed = step(weight, [*plain, *everywhere])
+        assert mixed.loss == pytest.approx(alone[like].loss, rel=1e-4)
+        assert mixed.grad_norm == pytest.approx(alone[like].grad_norm, rel=1e-3)
 
 
 def _rows(rollouts: list[Rollout]) -> int:

@@ -31,6 +31,7 @@ class Batch:
         raw_hidden: [T, H], the last state before the policy's final norm, where the engine hands it
             over so; None where ``last_hidden`` is what it hands over.
         generated: bool [T], or None when all completions were sampled as a whole.
+        rejected: bool [T], where the engine rejected a draft; None when no rollout tells.
     """
 
     tokens: Tensor
@@ -42,6 +43,7 @@ class Batch:
     temperatures: Tensor
     raw_hidden: Tensor | None = None
     generated: Tensor | None = None
+    rejected: Tensor | None = None
 
     @property
     def engine_hidden(self) -> Tensor:
@@ -135,6 +137,7 @@ def make_batch(rollouts: Sequence[Rollout], layout: FeatureLayout, head: PolicyH
         temperatures=torch.tensor([rollout.temperature or 1.0 for rollout in rollouts]),
         raw_hidden=None if normed else hidden,
         generated=_generated(rollouts),
+        rejected=_rejected(rollouts),
     )
 
 
@@ -157,6 +160,17 @@ def _generated(rollouts: Sequence[Rollout]) -> Tensor | None:
     if all(rollout.generated is None for rollout in rollouts):
         return None
     return torch.cat([rollout.sampled_runs > 0 for rollout in rollouts])
+
+
+def _rejected(rollouts: Sequence[Rollout]) -> Tensor | None:
+    if all(rollout.rejected is None for rollout in rollouts):
+        return None
+    return torch.cat(
+        [
+            torch.zeros_like(rollout.captured) if rollout.rejected is None else rollout.rejected
+            for rollout in rollouts
+        ]
+    )
 
 
 def _rms_norm(hidden: Tensor, head: PolicyHead) -> Tensor:

@@ -38,6 +38,8 @@ class Rollout:
         generated: bool [T]; False where a token was given to the policy, not sampled by it. None:
             the whole completion was sampled. Differs when turns of others or tool outputs stand
             between the policy's own.
+        rejected: bool [T]; True where the engine rejected a draft and took the policy's own token.
+            None when it did not tell.
     """
 
     rollout_id: str
@@ -57,6 +59,7 @@ class Rollout:
     reward: float | None = None
     domain: str | None = None
     generated: Tensor | None = None
+    rejected: Tensor | None = None
 
     @property
     def length(self) -> int:

@@ -9,6 +9,7 @@ A safetensors file; T tokens of all N rollouts end to end, H hidden size, A aux 
     last_hidden     [T, H]            in the layout's dtype, like
     aux_hidden      [T, A, H]         absent without aux layers
     generated       bool [T]          absent when all completions were sampled as a whole
+    rejected        bool [T]          absent when the engine did not tell where it rejected drafts
 
 with the metadata of every spool file (see files.py) and ``segment``, the JSON of :class:`Header`.
 Reading maps the file; a rollout is a view of the map, which outlives the file's deletion.
@@ -37,6 +38,8 @@ from drafttrain.rollouts.files import (
 from drafttrain.rollouts.record import FeatureLayout, Rollout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_OPTIONAL = ("aux_hidden", "generated", "rejected")
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -169,17 +172,18 @@ class _Views(Sequence[Rollout]):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
         rows = slice(self._offsets[index], self._offsets[index + 1])
-        aux, generated = (self._tensors.get(name) for name in ("aux_hidden", "generated"))
+        optional = {
+            name: self._tensors[name][rows] if name in self._tensors else None for name in _OPTIONAL
+        }
         return Rollout(
             **vars(self._header.rollouts[index]),
             tokens=self._tensors["tokens"][rows],
             prompt_length=self._prompt_lengths[index],
             captured=self._tensors["captured"][rows],
             last_hidden=self._tensors["last_hidden"][rows],
-            aux_hidden=None if aux is None else aux[rows],
-            generated=None if generated is None else generated[rows],
             policy_version=self._header.policy_version,
             drafter_version=self._header.drafter_version,
+            **optional,
         )
 
 
@@ -207,6 +211,9 @@ def _parts(rollouts: Sequence[Rollout], where: str | Path) -> dict[str, Parts]:
     }
     if any(rollout.generated is not None for rollout in rollouts):
         parts["generated"] = [rollout.sampled_runs > 0 for rollout in rollouts]
+    rejected = [rollout.rejected for rollout in rollouts if rollout.rejected is not None]
+    if len(rejected) == len(rollouts):
+        parts["rejected"] = rejected
     return parts | ({"aux_hidden": [tensor.contiguous() for tensor in aux]} if aux else {})
 
 
@@ -236,8 +243,9 @@ def _check_tensors(header: Header, tensors: dict[str, Tensor], where: str | Path
     }
     if layout.layer_ids:
         expected["aux_hidden"] = ((total, len(layout.layer_ids), hidden), dtype)
-    if "generated" in tensors:
-        expected["generated"] = ((total,), torch.bool)
+    for name in ("generated", "rejected"):
+        if name in tensors:
+            expected[name] = ((total,), torch.bool)
     for name, (shape, kind) in expected.items():
         check_tensor(tensors, name, shape, [kind], where)
     unknown = sorted(tensors.keys() - expected.keys())
@@ -257,6 +265,6 @@ def _check_values(tensors: dict[str, Tensor], where: str | Path) -> None:
     if bool((tokens < 0).any()):
         raise RolloutError(where, "tokens", "negative token ids")
     # A byte that is neither 0 nor 1 is no boolean, and torch would not notice.
-    for name in ("captured", "generated"):
+    for name in ("captured", "generated", "rejected"):
         if name in tensors and bool((tensors[name].view(torch.uint8) > 1).any()):
             raise RolloutError(where, name, "expected 0 or 1 for every row")

@@ -156,11 +156,11 @@ class Trainer:
             sums[:3] += torch.tensor([loss, tokens, rows], dtype=torch.float64)
             sums[3:] += acceptance.double().cpu() * rows
         sums = self._devices.total(sums).cpu()
-        rows = float(sums[2]) or 1.0
-        norm = self._update(rows, [rollout for part in parts for rollout in part])
+        all_rows = float(sums[2]) or 1.0
+        norm = self._update(all_rows, [rollout for part in parts for rollout in part])
         self.step_count += 1
         self.tokens_seen += int(sums[1])
-        means = sums / rows
+        means = sums / all_rows
         return StepReport(
             self.step_count, float(means[0]), means[3:].tolist(), int(sums[1]), float(norm)
         )
@@ -206,9 +206,15 @@ class Trainer:
                 objective=self.config.objective,
                 depth_decay=self.config.depth_decay,
                 draft_ids=self.drafter.draft_ids,
+                token_weights=self._token_weights(batch),
             )
         (result.loss * (result.rows * weight)).backward()
         return result.loss.item() * result.rows, result.acceptance, result.rows
+
+    def _token_weights(self, batch: Batch) -> Tensor | None:
+        if batch.rejected is None or self.config.rejected_weight == 1:
+            return None
+        return torch.where(batch.rejected, self.config.rejected_weight, 1.0)
 
     def _with_noise(self, batch: Batch) -> Batch:
         """Features with noise, as EAGLE trains on them (arXiv 2401.15077, section 3.2)."""

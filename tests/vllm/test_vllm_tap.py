@@ -43,6 +43,18 @@ def assert_mostly_captured(rollout: Rollout) -> None:
     assert completion.all()
 
 
+def assert_rejections_explain_the_rounds(rollout: Rollout, k: int) -> None:
+    """A round ends at a rejected draft, or after k accepted ones and one token more."""
+    assert rollout.rejected is not None
+    assert not rollout.rejected[: rollout.prompt_length + 1].any()
+    rounds = since = 0
+    for rejected in rollout.rejected[rollout.prompt_length + 1 :].tolist():
+        since += 1
+        if rejected or since == k + 1:
+            rounds, since = rounds + 1, 0
+    assert rollout.rounds == rounds + (since > 0)  # the last one may be cut off by the length
+
+
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
@@ -75,6 +87,8 @@ def test_rows_tokens_and_counts_match_under_speculation(
         if rollout.length < 256:  # close to the limit there are no drafts
             # A round yields its accepted drafts and one token; the prefill yielded the first.
             assert rollout.completion_length - 1 <= rollout.rounds + rollout.accepted
+            assert_rejections_explain_the_rounds(rollout, k=3)
+    assert any(bool(rollout.rejected.any()) for rollout in rollouts)
 
     after = status(engine)
     assert after.tap.damaged == after.tap.dropped == after.tap.running == 0

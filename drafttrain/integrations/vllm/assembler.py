@@ -230,6 +230,8 @@ class Assembler:
         live.rounds += 1
         live.drafted += drafted
         live.accepted += accepted
+        if accepted < drafted:
+            live.rejected_at.append(live.num_tokens + accepted)
         self.counters.total.add(drafted, accepted)
         live.one_drafter &= step.drafted_by == live.drafter_version
         if live.one_drafter:

@@ -49,6 +49,7 @@ class LiveRequest:
         self.drafter_version = drafter_version
         self.policy_version = 0
         self.rounds = self.drafted = self.accepted = 0
+        self.rejected_at: list[int] = []
         self.one_drafter = True
         self.group = prompt_group(prompt)
         self.kept = True
@@ -122,6 +123,8 @@ class LiveRequest:
     def rollout(self, rollout_id: str, layout: FeatureLayout, reason: str | None) -> Rollout:
         """The finished rollout; its tensors view this request's buffers."""
         length = self.num_tokens
+        rejected = torch.zeros(length, dtype=torch.bool)
+        rejected[[position for position in self.rejected_at if position < length]] = True
         assert self._last is not None
         assert self._aux is not None
         dtype = getattr(torch, layout.dtype)
@@ -141,4 +144,5 @@ class LiveRequest:
             rounds=self.rounds,
             drafted=self.drafted,
             accepted=self.accepted,
+            rejected=rejected,
         )
