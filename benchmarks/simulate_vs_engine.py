@@ -30,7 +30,7 @@ import numpy as np
 KS = (0, 1, 2, 3, 4, 5)
 FITTED_KS = (0, 2, 5)
 BATCHES = (1, 4, 16)
-ROUNDS = 3
+ROUNDS = 8
 PROMPT = 14
 MAX_MODEL_LEN = 256
 

@@ -16,7 +16,9 @@ from drafttrain.errors import ConfigError
 costs = st.builds(
     EngineCost,
     step=st.floats(1e-4, 1.0),
+    request=st.floats(0, 1e-2),
     token=st.floats(0, 1e-2),
+    speculation=st.floats(0, 1.0),
     draft=st.floats(0, 1.0),
     draft_token=st.floats(0, 1e-2),
 )

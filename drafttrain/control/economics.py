@@ -106,9 +106,10 @@ class StepTiming:
 
 
 class EngineCost(StepCost, Section):
-    """A step's seconds as a sum of four costs, none of them negative::
+    """A step's seconds as a sum of costs, none of them negative::
 
-        step + token * batch * (k + 1) + draft * k + draft_token * batch * k
+        step + request * batch + token * batch * (k + 1)
+             + (speculation, where k > 0) + draft * k + draft_token * batch * k
 
     It holds where a step's time grows evenly: within the range of batches it was fitted on, and not
     across an edge of the engine such as the largest captured CUDA graph.
@@ -116,8 +117,12 @@ class EngineCost(StepCost, Section):
 
     step: float = Field(ge=0)
     """Seconds of every step: scheduler, launches, reading the policy's weights."""
+    request: float = Field(0.0, ge=0)
+    """Seconds for each running request, however many tokens it computes: its bookkeeping."""
     token: float = Field(ge=0)
     """Seconds for each token that the policy computes."""
+    speculation: float = Field(0.0, ge=0)
+    """Seconds of every step with drafts: accepting and rejecting, preparing the drafter."""
     draft: float = Field(ge=0)
     """Seconds of each of the k drafting passes."""
     draft_token: float = Field(ge=0)
@@ -125,17 +130,17 @@ class EngineCost(StepCost, Section):
 
     def step_seconds(self, batch: float, k: int) -> float:
         """Seconds of one step of `batch` running requests with k draft tokens each."""
-        return (
-            self.step + self.token * batch * (k + 1) + self.draft * k + self.draft_token * batch * k
-        )
+        costs = self.model_dump()
+        return float(sum(costs[name] * count for name, count in _counts(batch, k).items()))
 
     @classmethod
     def fit(cls, timings: Sequence[StepTiming]) -> Self:
         """Fit the four costs to measured steps.
 
         Least squares of the relative error, so that a fast step counts as much as a slow one; a
-        cost that the timings do not show is zero. Steps without drafts at two batch sizes and steps
-        with drafts at two batch sizes determine all four.
+        cost that the timings do not show is zero. Steps without drafts at two batch sizes, and with
+        two numbers of drafts at two batch sizes each, determine what a step costs; which of
+        `request`, `token` and `draft_token` it is that grows with the batch may stay open.
 
         Raises:
             ValueError: fewer than two timings, or one that is not positive.
@@ -144,13 +149,13 @@ class EngineCost(StepCost, Section):
             raise ValueError(f"{len(timings)} timings; expected at least 2")
         if any(t.seconds <= 0 or t.batch <= 0 or t.k < 0 for t in timings):
             raise ValueError("a timing is not of a positive batch and time with k of 0 or more")
-        rows = [[1.0, t.batch * (t.k + 1), t.k, t.batch * t.k] for t in timings]
-        relative = np.array(rows) / np.array([[t.seconds] for t in timings])
+        counts = [_counts(t.batch, t.k) for t in timings]
+        rows = np.array([list(count.values()) for count in counts])
+        relative = rows / np.array([[t.seconds] for t in timings])
         scale = np.linalg.norm(relative, axis=0)
         scale[scale == 0] = 1.0
         costs, _ = nnls(relative / scale, np.ones(len(timings)))
-        step, token, draft, draft_token = (float(cost) for cost in costs / scale)
-        return cls(step=step, token=token, draft=draft, draft_token=draft_token)
+        return cls(**dict(zip(counts[0], (costs / scale).tolist(), strict=True)))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -169,3 +174,15 @@ class EngineCost(StepCost, Section):
     def save(self, path: str | Path) -> None:
         """Write the costs as JSON."""
         Path(path).write_text(self.model_dump_json(indent=2) + "\n")
+
+
+def _counts(batch: float, k: int) -> dict[str, float]:
+    """How often a step pays each cost of :class:`EngineCost`."""
+    return {
+        "step": 1.0,
+        "request": batch,
+        "token": batch * (k + 1),
+        "speculation": float(k > 0),
+        "draft": k,
+        "draft_token": batch * k,
+    }

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, overload
+from typing import Annotated, Any, Literal, overload
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -172,7 +172,7 @@ class _Views(Sequence[Rollout]):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
         rows = slice(self._offsets[index], self._offsets[index + 1])
-        optional = {
+        optional: dict[str, Any] = {
             name: self._tensors[name][rows] if name in self._tensors else None for name in _OPTIONAL
         }
         return Rollout(

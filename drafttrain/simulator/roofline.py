@@ -76,9 +76,12 @@ class Measured(StepModel):
         """Seconds of each part of a step."""
         cost, zero = self.cost, 0.0 * np.asarray(context)
         return {
-            "step": cost.step + zero,
+            "step": cost.step + cost.request * batch + zero,
             "tokens": cost.token * batch * (k + 1) + zero,
-            "drafting": cost.draft * k + cost.draft_token * batch * k + zero,
+            "drafting": cost.speculation * (np.asarray(k) > 0)
+            + cost.draft * k
+            + cost.draft_token * batch * k
+            + zero,
         }
 
     def prefill_seconds(self, tokens: Any) -> Any:
