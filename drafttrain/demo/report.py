@@ -138,16 +138,8 @@ def plot(summary: dict[str, Any], path: Path) -> None:
             lengths = [step["arms"][arm]["acceptance_length"] for step in steps]
             top.plot(numbers, lengths, "o-", color=colour, label=_label(arm))
     converged = summary["totals"]["converged_acceptance_length"]
-    top.axhline(converged, color="tab:green", linestyle="--", linewidth=1)
-    top.annotate(
-        "trained on, on the final policy's rollouts alone",
-        (1.0, converged),
-        xycoords=("axes fraction", "data"),
-        ha="right",
-        va="bottom",
-        fontsize=8,
-        color="tab:green",
-    )
+    label = "trained on, on the final policy's rollouts alone"
+    top.axhline(converged, color="tab:green", linestyle="--", linewidth=1, label=label)
     for axis in (top, bottom):
         for step in summary["totals"]["swap_steps"]:
             axis.axvline(step, color="tab:blue", linestyle=":", linewidth=0.8, alpha=0.6)
