@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Qwen3Config
 
+from drafttrain.drafters.batch import Batch
 from drafttrain.drafters.eagle3 import Eagle3Drafter
 from drafttrain.drafters.policy import PolicyShape
 from drafttrain.rollouts.record import FeatureLayout, PolicyHead, Rollout, prompt_group
@@ -91,6 +92,20 @@ def _rollout(
         drafter_version=None,
         temperature=1.0,
         finish_reason="stop",
+    )
+
+
+def bare_batch(prompts: list[int], lengths: list[int]) -> Batch:
+    """Rollouts of those lengths, prompts included, without features."""
+    total = sum(lengths)
+    return Batch(
+        tokens=torch.zeros(total, dtype=torch.int64),
+        offsets=torch.tensor([0, *lengths]).cumsum(0),
+        captured=torch.ones(total, dtype=torch.bool),
+        last_hidden=torch.zeros(total, 1),
+        aux_hidden=None,
+        prompt_lengths=torch.tensor(prompts),
+        temperatures=torch.ones(len(lengths)),
     )
 
 

@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
+import making
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drafttrain.control.acceptance import AcceptanceEstimate, replay_rounds
 from drafttrain.control.gate import judge
-from drafttrain.drafters.batch import Batch
-
-
-def batch_of(prompts: list[int], lengths: list[int]) -> Batch:
-    total = sum(lengths)
-    return Batch(
-        tokens=torch.zeros(total, dtype=torch.int64),
-        offsets=torch.tensor([0, *lengths]).cumsum(0),
-        captured=torch.ones(total, dtype=torch.bool),
-        last_hidden=torch.zeros(total, 1),
-        aux_hidden=None,
-        prompt_lengths=torch.tensor(prompts),
-        temperatures=torch.ones(len(lengths)),
-    )
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -47,7 +34,7 @@ def simulate(w: torch.Tensor, prompt: int, length: int, runs: int) -> tuple[floa
 
 def test_replay_agrees_with_simulation() -> None:
     k, prompt, length = 3, 2, 20
-    batch = batch_of([prompt], [length])
+    batch = making.bare_batch([prompt], [length])
     # The round at slot s follows token s + 1.
     w = torch.zeros(k, length, dtype=torch.float64)
     w[:, batch.rounds + 1] = torch.rand(k, len(batch.rounds), generator=seeded(1)).double()
@@ -60,7 +47,7 @@ def test_replay_agrees_with_simulation() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(8, 30), st.sampled_from([0.0, 1.0]))
 def test_certain_drafts_count_exactly(k: int, prompt: int, length: int, chance: float) -> None:
-    batch = batch_of([prompt], [length])
+    batch = making.bare_batch([prompt], [length])
     w = torch.full((k, len(batch.rounds)), chance, dtype=torch.float64)
     rounds, accepted = replay_rounds(w, batch)
     step = k + 1 if chance else 1
@@ -70,10 +57,10 @@ def test_certain_drafts_count_exactly(k: int, prompt: int, length: int, chance: 
 
 
 def test_a_rollout_is_counted_alike_alone_and_beside_another() -> None:
-    k, short, long = 2, batch_of([3], [12]), batch_of([5], [21])
+    k, short, long = 2, making.bare_batch([3], [12]), making.bare_batch([5], [21])
     w_short = torch.rand(k, len(short.rounds), generator=seeded(2), dtype=torch.float64)
     w_long = torch.rand(k, len(long.rounds), generator=seeded(3), dtype=torch.float64)
-    both = replay_rounds(torch.cat([w_long, w_short], 1), batch_of([5, 3], [21, 12]))
+    both = replay_rounds(torch.cat([w_long, w_short], 1), making.bare_batch([5, 3], [21, 12]))
     for place, (w, batch) in enumerate([(w_long, long), (w_short, short)]):
         alone = replay_rounds(w, batch)
         torch.testing.assert_close(both[0][place], alone[0][0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import making
 import pytest
 import torch
 import torch.nn.functional as F
@@ -53,21 +54,6 @@ def test_take_rows() -> None:
     assert_same(take_rows(x, rows), x[rows], x)
 
 
-def batch_of(sizes: list[tuple[int, int]]) -> Batch:
-    """Rollouts of (prompt, completion) tokens without features."""
-    lengths = [prompt + completion for prompt, completion in sizes]
-    total = sum(lengths)
-    return Batch(
-        tokens=torch.zeros(total, dtype=torch.int64),
-        offsets=torch.tensor([0, *lengths]).cumsum(0),
-        captured=torch.ones(total, dtype=torch.bool),
-        last_hidden=torch.zeros(total, 1),
-        aux_hidden=None,
-        prompt_lengths=torch.tensor([prompt for prompt, _ in sizes]),
-        temperatures=torch.ones(len(sizes)),
-    )
-
-
 def plain_attention(
     batch: Batch, query: Tensor, keys: list[Tensor], values: list[Tensor]
 ) -> Tensor:
@@ -88,7 +74,8 @@ def plain_attention(
     st.sampled_from([30, 200, 1 << 17]),
 )
 def test_attend(sizes: list[tuple[int, int]], depths: int, square_at_once: int) -> None:
-    batch = batch_of(sizes)
+    prompts, lengths = [p for p, _ in sizes], [p + completion for p, completion in sizes]
+    batch = making.bare_batch(prompts, lengths)
     slots, rounds = len(batch.slots), len(batch.rounds)
     query = normal(rounds, 2, 8)
     keys = [normal(slots if d == 0 else rounds, 2, 8, seed=10 + d) for d in range(depths)]
