@@ -175,7 +175,7 @@ def judge(engines: list[Engine], measured: dict[tuple[int, int], float]) -> dict
     from drafttrain.control.economics import EngineCost, StepTiming
 
     timings = [
-        StepTiming(batch, engine.k, float(np.median(seconds)))
+        StepTiming(batch, engine.k, float(np.mean(seconds)))
         for engine in engines
         if engine.k in FITTED_KS
         for batch, seconds in engine.steps.items()
@@ -220,7 +220,8 @@ def predict(cost: Any, accepted: list[float], k: int, batch: int) -> float:
     speculation = Speculation.fixed(k, acceptance_length(k, accepted), batch)
     fleet = Fleet(Measured(cost), speculation, replicas=1, prompt_tokens=PROMPT)
     fleet.submit(lengths, at=0.0)
-    return float(lengths.sum() / fleet.complete(batch))
+    # Responses here are of few steps, so the one that reads the prompts in counts as well.
+    return float(lengths.sum() / (cost.step + fleet.complete(batch)))
 
 
 def as_text(result: dict[str, Any]) -> str:

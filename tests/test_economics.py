@@ -20,7 +20,6 @@ costs = st.builds(
     token=st.floats(0, 1e-2),
     speculation=st.floats(0, 1.0),
     draft=st.floats(0, 1.0),
-    draft_token=st.floats(0, 1e-2),
 )
 batches = st.integers(1, 512)
 chances = st.floats(0.0, 1.0)
@@ -39,7 +38,7 @@ def test_fit_finds_the_costs_that_made_the_timings(cost: EngineCost) -> None:
 
 
 def test_fit_of_noisy_timings_predicts_what_it_has_not_seen() -> None:
-    cost = EngineCost(step=8e-3, token=2e-5, draft=1e-3, draft_token=1e-5)
+    cost = EngineCost(step=8e-3, token=2e-5, draft=1e-3)
     noise = np.random.default_rng(0).normal(1.0, 0.05, 200)
     shapes = [(b, k) for b in (1, 2, 4, 8, 16) for k in (0, 2, 5)]
     timings = [
@@ -85,7 +84,7 @@ def test_worthless_drafts_are_never_made(cost: EngineCost, batch: int) -> None:
 
 @given(batches, st.floats(0.01, 1.0))
 def test_free_drafts_are_always_made(batch: int, chance: float) -> None:
-    free = EngineCost(step=0.01, token=0, draft=0, draft_token=0)
+    free = EngineCost(step=0.01, token=0, draft=0)
     assert free.best_k(batch, survive(chance, 6)) == 6
     assert free.speedup(batch, 6, survive(chance, 6)) == pytest.approx(
         acceptance_length(6, survive(chance, 6))
@@ -127,7 +126,7 @@ def test_too_few_positions_are_named() -> None:
 
 
 def test_costs_survive_the_file(tmp_path: Path) -> None:
-    cost = EngineCost(step=0.0123, token=4.5e-5, draft=0.001, draft_token=0.0)
+    cost = EngineCost(step=0.0123, token=4.5e-5, draft=0.001)
     cost.save(tmp_path / "cost.json")
     assert EngineCost.load(tmp_path / "cost.json") == cost
 
@@ -135,8 +134,8 @@ def test_costs_survive_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "field"),
     [
-        ('{"step": -1, "token": 0, "draft": 0, "draft_token": 0}', "step"),
-        ('{"step": 1, "token": 0, "draft": 0, "draft_token": 0, "tokne": 1}', "tokne"),
+        ('{"step": -1, "token": 0, "draft": 0}', "step"),
+        ('{"step": 1, "token": 0, "draft": 0, "tokne": 1}', "tokne"),
         ("not json", "file"),
     ],
 )

@@ -86,7 +86,7 @@ def test_some_constants_of_a_known_engine_are_changed() -> None:
 
 
 def test_an_engines_own_timings_replace_the_roofline() -> None:
-    text = SCENARIO + "engine_cost: {step: 0.01, token: 0.0, draft: 0.0, draft_token: 0.0}\n"
+    text = SCENARIO + "engine_cost: {step: 0.01, token: 0.0, draft: 0.0}\n"
     answers = as_json(study(parse_scenario(text, "job")))
     assert answers["step_speedup"] == pytest.approx(answers["bound"])
     assert any("timings" in line for line in answers["assumptions"])
@@ -151,7 +151,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 
 
 def test_an_engines_timings_are_read_from_their_file(tmp_path: Path) -> None:
-    cost = EngineCost(step=0.01, token=0.0, draft=0.0, draft_token=0.0)
+    cost = EngineCost(step=0.01, token=0.0, draft=0.0)
     cost.save(tmp_path / "cost.json")
     text = f"{SCENARIO}engine_cost: {tmp_path / 'cost.json'}\n"
     assert parse_scenario(text, "job").engine_cost == cost

@@ -17,7 +17,7 @@ from drafttrain.simulator.roofline import Measured
 from drafttrain.simulator.scenario import Responses, Scenario, changed, load_preset
 from drafttrain.simulator.study import study
 
-COST = EngineCost(step=10e-3, token=1e-4, draft=1e-3, draft_token=1e-5)
+COST = EngineCost(step=10e-3, token=1e-4, draft=1e-3)
 
 
 def by_hand(lengths: list[int], k: int, tokens: float, slots: int, prompt: int) -> float:
@@ -123,7 +123,7 @@ def test_nothing_beats_the_bound() -> None:
 
 
 def test_free_drafts_and_verification_reach_the_bound() -> None:
-    free = small(engine_cost={"step": 0.01, "token": 0, "draft": 0, "draft_token": 0})
+    free = small(engine_cost={"step": 0.01, "token": 0, "draft": 0})
     for k in (1, 3, 7):
         comparison = compare(free, k)
         assert comparison.step_speedup == pytest.approx(comparison.bound)
@@ -133,7 +133,7 @@ def test_free_drafts_and_verification_reach_the_bound() -> None:
 
 def test_perfect_drafts_gain_k_plus_one_where_steps_cost_the_same() -> None:
     free = small(
-        engine_cost={"step": 0.01, "token": 0, "draft": 0, "draft_token": 0},
+        engine_cost={"step": 0.01, "token": 0, "draft": 0},
         drafter={"acceptance": {"constant": 1.0}},
     )
     assert compare(free, 3).generation_speedup == pytest.approx(4.0)

@@ -108,8 +108,10 @@ class StepTiming:
 class EngineCost(StepCost, Section):
     """A step's seconds as a sum of costs, none of them negative::
 
-        step + request * batch + token * batch * (k + 1)
-             + (speculation, where k > 0) + draft * k + draft_token * batch * k
+        step + request * batch + token * batch * (k + 1) + (speculation, where k > 0) + draft * k
+
+    What a drafted token costs shows no more than it does here: batch * k is what `token` and
+    `request` count together.
 
     It holds where a step's time grows evenly: within the range of batches it was fitted on, and not
     across an edge of the engine such as the largest captured CUDA graph.
@@ -120,13 +122,11 @@ class EngineCost(StepCost, Section):
     request: float = Field(0.0, ge=0)
     """Seconds for each running request, however many tokens it computes: its bookkeeping."""
     token: float = Field(ge=0)
-    """Seconds for each token that the policy computes."""
+    """Seconds for each token that the policy computes, its share of the drafting included."""
     speculation: float = Field(0.0, ge=0)
     """Seconds of every step with drafts: accepting and rejecting, preparing the drafter."""
     draft: float = Field(ge=0)
     """Seconds of each of the k drafting passes."""
-    draft_token: float = Field(ge=0)
-    """Seconds for each token that the drafter computes."""
 
     def step_seconds(self, batch: float, k: int) -> float:
         """Seconds of one step of `batch` running requests with k draft tokens each."""
@@ -139,8 +139,7 @@ class EngineCost(StepCost, Section):
 
         Least squares of the relative error, so that a fast step counts as much as a slow one; a
         cost that the timings do not show is zero. Steps without drafts at two batch sizes, and with
-        two numbers of drafts at two batch sizes each, determine what a step costs; which of
-        `request`, `token` and `draft_token` it is that grows with the batch may stay open.
+        two numbers of drafts at two batch sizes each, determine all of them.
 
         Raises:
             ValueError: fewer than two timings, or one that is not positive.
@@ -184,5 +183,4 @@ def _counts(batch: float, k: int) -> dict[str, float]:
         "token": batch * (k + 1),
         "speculation": float(k > 0),
         "draft": k,
-        "draft_token": batch * k,
     }

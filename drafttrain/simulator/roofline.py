@@ -78,10 +78,7 @@ class Measured(StepModel):
         return {
             "step": cost.step + cost.request * batch + zero,
             "tokens": cost.token * batch * (k + 1) + zero,
-            "drafting": cost.speculation * (np.asarray(k) > 0)
-            + cost.draft * k
-            + cost.draft_token * batch * k
-            + zero,
+            "drafting": cost.speculation * (np.asarray(k) > 0) + cost.draft * k + zero,
         }
 
     def prefill_seconds(self, tokens: Any) -> Any:
