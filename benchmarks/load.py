@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -62,16 +63,16 @@ class Load:
             thread.join()
 
     def _run(self, source: NextRequest) -> None:
-        connection = http.client.HTTPConnection(self._address, timeout=60)
         while not self._stop.is_set():
             kind, prompt, body = source()
             stream = Stream(kind, prompt)
             self.streams.append(stream)
-            try:
-                _take(connection, body, stream)
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                stream.failure = f"{type(error).__name__}: {error}"
-                connection.close()
+            # A connection for each: one kept alive may be closed under the next request.
+            with closing(http.client.HTTPConnection(self._address, timeout=60)) as connection:
+                try:
+                    _take(connection, body, stream)
+                except (OSError, http.client.HTTPException, ValueError) as error:
+                    stream.failure = f"{type(error).__name__}: {error}"
 
 
 def _take(connection: http.client.HTTPConnection, body: dict[str, Any], stream: Stream) -> None:

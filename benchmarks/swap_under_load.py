@@ -10,8 +10,8 @@ lost, aborted, changed_outputs
 stall_p99_steps
     99th percentile over (swap, request in flight) of the longest gap between two chunks around the
     swap's load, less the load itself, in median decode steps. 1 is an undisturbed request;
-    ``undisturbed_p99_steps`` is the same figure taken between swaps, where other requests' prefills
-    and the machine's noise are all there is.
+    ``undisturbed_p99_steps`` is the same figure at moments before the first swap, where other
+    requests' prefills and the machine's noise are all there is.
 sampled_p_value
     two-sample chi-square test, at significance 0.01, of the drafted tokens of many short sampled
     continuations against those of an engine without speculation: the least p-value over prompts and
@@ -42,6 +42,10 @@ TEMPERATURE = 0.8
 SIGNIFICANCE = 0.01
 # Between two swaps, so that there are undisturbed steps to compare with.
 PAUSE_SECONDS = (0.04, 0.1)
+# Before the first, to know what requests stall without any.
+QUIET_SECONDS = 20.0
+# Chunks that came closer than this (seconds) lay ready together: no step went by between them.
+READ_TOGETHER = 1e-3
 
 GREEDY_PROMPTS = prompts([6 + i % 11 for i in range(32)], salt=100)
 SAMPLED_PROMPTS = prompts([9, 12, 15, 18], salt=200)
@@ -106,6 +110,16 @@ def swap_repeatedly(client: EngineClient, count: int, versions: list[int]) -> li
     return done
 
 
+def instants(seconds: float) -> list[Swap]:
+    """Moments without a swap, as if each were one: what requests stall on this machine anyway."""
+    found = []
+    deadline = time.perf_counter() + seconds
+    while (now := time.perf_counter()) < deadline:
+        found.append(Swap(now, now, load_seconds=0.0))
+        time.sleep(PAUSE_SECONDS[1])
+    return found[len(found) // 4 :]  # the first requests warm the engine up
+
+
 def median_step(streams: list[Stream], swaps: list[Swap]) -> float:
     """Seconds between two chunks of a greedy request while no swap is under way."""
     answered = [swap.answered for swap in swaps]
@@ -113,7 +127,8 @@ def median_step(streams: list[Stream], swaps: list[Swap]) -> float:
     for stream in streams:
         for left, right in itertools.pairwise(stream.arrivals):
             after = bisect_left(answered, left)
-            if after == len(swaps) or right < swaps[after].asked:
+            quiet = after == len(swaps) or right < swaps[after].asked
+            if quiet and right - left > READ_TOGETHER:
                 gaps.append(right - left)
     return statistics.median(gaps)
 
@@ -152,7 +167,9 @@ def _next_tokens(continuations: list[list[int]], position: int) -> Counter[tuple
     return Counter((tokens[position],) for tokens in continuations)
 
 
-def judge(streams: list[Stream], swaps: list[Swap], wanted: Expected) -> dict[str, Any]:
+def judge(
+    streams: list[Stream], swaps: list[Swap], quiet: list[Swap], wanted: Expected
+) -> dict[str, Any]:
     greedy_ones = [stream for stream in streams if stream.kind == "greedy"]
     sampled_ones = [stream for stream in streams if stream.kind == "sampled"]
     lengths = {"greedy": GREEDY_TOKENS, "sampled": SAMPLED_TOKENS}
@@ -166,7 +183,6 @@ def judge(streams: list[Stream], swaps: list[Swap], wanted: Expected) -> dict[st
     aborted = sum("abort" in stream.finish_reasons for stream in streams)
     changed = sum(s.tokens.get(0) != wanted.greedy[s.prompt] for s in greedy_ones)
     step = median_step(greedy_ones, swaps)
-    quiet = [Swap(s.answered + 0.02, s.answered + 0.02, load_seconds=0.0) for s in swaps]
     return {
         "swaps": len(swaps),
         "lost": len(lost),
@@ -199,13 +215,13 @@ def run(swaps: int, samples: int) -> dict[str, Any]:
         ) as server:
             client = EngineClient(server.url)
             with Load(server.url, sources()) as load:
-                time.sleep(2)
+                quiet = instants(QUIET_SECONDS)
                 done = swap_repeatedly(client, swaps, of.registry.versions())
             versions = client.status().acceptance_by_version
         for version in versions:
             length = version.acceptance_length or 0.0
             say(f"version {version.drafter_version}: acceptance length {length:.2f}")
-        return judge(load.streams, done, wanted)
+        return judge(load.streams, done, quiet, wanted)
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
 """What capturing costs an engine: the same rollouts with the tap on and off, in pairs.
 
 An engine in this process, of the demo's size (24 layers, 128 wide, batch 16, k = 3), generates the
-same prompts with everything captured and with capturing switched off, in alternating order. The
-runs are short, so that both of a pair meet the same machine; rollouts end and segments are written
-all the way through each.
+same prompts with everything captured and with capturing switched off, in alternating order. Both of
+a pair do the same work, because they are greedy, and are short, so that both meet the same machine;
+rollouts end and segments are written all the way through each.
 
 overhead
     median over pairs of the time a token takes with the tap on over that with it off, minus one.
@@ -23,7 +23,7 @@ from typing import Any
 from scipy.stats import binom
 
 from benchmarks.live_engine import K, bench, parser, print_result, say
-from tests.vllm.engines import generate, make_engine, prompts, sampled, status
+from tests.vllm.engines import generate, greedy, make_engine, prompts, status
 from tests.vllm.tiny_models import DEEP
 
 BATCH, REQUESTS = 16, 32
@@ -41,7 +41,7 @@ class Cost:
 def cost(llm: Any, salt: int) -> Cost:
     shortest, longest = TOKENS
     lengths = [shortest + i * (longest - shortest) // REQUESTS for i in range(REQUESTS)]
-    params = [sampled(1.0, length) for length in lengths]
+    params = [greedy(length, ignore_eos=True) for length in lengths]
     batch = prompts([24] * REQUESTS, salt)
     wall, cpu = time.perf_counter(), time.process_time()
     completions = generate(llm, batch, params)
