@@ -26,7 +26,7 @@ from benchmarks.live_engine import K, bench, parser, print_result, say
 from tests.vllm.engines import generate, greedy, make_engine, prompts, status
 from tests.vllm.tiny_models import DEEP
 
-BATCH, REQUESTS = 16, 32
+BATCH, REQUESTS = 16, 96
 TOKENS = (8, 40)
 
 
@@ -70,7 +70,7 @@ def median_interval(values: list[float], level: float = 0.95) -> tuple[float, fl
 def run(pairs: int) -> dict[str, Any]:
     with bench(DEEP, versions=2) as of:
         llm = make_engine(
-            of.policy, None, of.settings(segment_tokens=512),
+            of.policy, None, of.settings(),
             speculative_config=of.speculative(2), enable_prefix_caching=False,
             max_num_batched_tokens=2048, max_num_seqs=BATCH,
         )  # fmt: skip
@@ -78,7 +78,7 @@ def run(pairs: int) -> dict[str, Any]:
         measured = []
         for index in range(pairs):
             measured.append(pair(llm, index))
-            if (index + 1) % 20 == 0:
+            if (index + 1) % 5 == 0:
                 say(f"{index + 1} pairs")
         after = status(llm)
         wall = [on.wall / off.wall - 1 for on, off in measured]
@@ -99,7 +99,7 @@ def run(pairs: int) -> dict[str, Any]:
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--pairs", type=int, default=80)
+    arguments.add_argument("--pairs", type=int, default=20)
     options = arguments.parse_args()
     print_result(run(options.pairs), options.json)
 

@@ -21,7 +21,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from drafttrain.errors import RolloutError, SpoolError
@@ -119,7 +119,7 @@ class SpoolWriter:
     @property
     def full(self) -> bool:
         """Whether the segments on disk exceed ``max_bytes``; lists the folder."""
-        return sum(size for _, size in sized(_segment_paths(self.root))) > self.max_bytes
+        return _folder_bytes(self._segments) > self.max_bytes
 
     @contextmanager
     def _finished(self, tensors: dict[str, Parts], metadata: dict[str, str]) -> Iterator[Path]:
@@ -233,6 +233,15 @@ def _names(folder: Path) -> list[str]:
             return [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
     except FileNotFoundError:
         return []
+
+
+def _folder_bytes(folder: Path) -> int:
+    total = 0
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):  # deleted meanwhile
+                total += entry.stat().st_size
+    return total
 
 
 def _own_folder(unfinished: Path) -> tuple[Path, int]:

@@ -56,6 +56,7 @@ def server(
         "engine": "served",
         "token_file": str(token_file),
         "idle_seconds": 2.0,
+        "busy_seconds": 2.0,
     }
     log = (folder / "serve.log").open("w")
     command = [

@@ -250,7 +250,11 @@ def test_registering_again_changes_nothing(engine: Any) -> None:
 def test_an_engine_without_speculation_gives_last_states(
     policy: Path, reference: Any, tmp_path: Path
 ) -> None:
-    llm = make_engine(policy, None, {"spool": str(tmp_path), "engine": "plain", "idle_seconds": 9})
+    llm = make_engine(
+        policy,
+        None,
+        {"spool": str(tmp_path), "engine": "plain", "idle_seconds": 9, "busy_seconds": 9},
+    )
     generate(llm, prompts([10, 100], salt=13), greedy(8))
     worker_of(llm)._drafttrain._assembler.close()  # an engine that goes writes what it has
     reader = SpoolReader(tmp_path)

@@ -118,13 +118,13 @@ class Assembler:
                 else:
                     self._take_head(item)
             if self._segments is not None:
-                self._segments.write_due()
+                self._segments.write_due(idle=not self._live)
 
     def _gather(self) -> list[Item]:
         """Waits until there is work, or a segment is due."""
-        timeout = None if self._segments is None else self._segments.seconds_left()
+        left = self._segments.seconds_left(idle=not self._live) if self._segments else None
         try:
-            items = [self._queue.get(timeout=timeout)]
+            items = [self._queue.get(timeout=left)]
         except queue.Empty:
             return []
         if not isinstance(items[0], _Flush):

@@ -39,33 +39,39 @@ class Segments:
         self._settings = settings
         self._counters = counters
         self._pending: dict[_Key, _Pending] = {}
-        self._due_at: float | None = None
+        self._first_at = self._last_at = 0.0  # when what waits came
         self._complained = False
 
-    def seconds_left(self) -> float | None:
-        """Until what waits is due; None when nothing waits."""
-        return None if self._due_at is None else max(0.0, self._due_at - time.monotonic())
+    def seconds_left(self, *, idle: bool) -> float | None:
+        """Until what waits is due; None when nothing waits. `idle`: no request is running."""
+        if not self._pending:
+            return None
+        due = self._first_at + self._settings.busy_seconds
+        if idle:
+            due = min(due, self._last_at + self._settings.idle_seconds)
+        return max(0.0, due - time.monotonic())
 
     def add(self, rollout: Rollout, held_bytes: int) -> None:
+        any_waited = bool(self._pending)
         key = (rollout.policy_version, rollout.drafter_version)
         pending = self._pending.setdefault(key, _Pending())
         pending.rollouts.append(rollout)
         pending.tokens += rollout.length
         pending.held_bytes += held_bytes
         self.held_bytes += held_bytes
-        if self._due_at is None:
-            self._due_at = time.monotonic() + self._settings.idle_seconds
+        self._last_at = time.monotonic()
+        if not any_waited:
+            self._first_at = self._last_at
         if pending.tokens >= self._settings.segment_tokens:
             self._write(self._pending.pop(key))
 
-    def write_due(self) -> None:
-        if self.seconds_left() == 0.0:
+    def write_due(self, *, idle: bool) -> None:
+        if self.seconds_left(idle=idle) == 0.0:
             self.write_all()
 
     def write_all(self) -> None:
         while self._pending:
             self._write(self._pending.pop(next(iter(self._pending))))
-        self._due_at = None
 
     def write_head(self, head: PolicyHead) -> None:
         self._attempt(lambda: self._writer.write_head(head))

@@ -57,10 +57,13 @@ class EngineSettings(BaseModel):
     """Features kept a second, on average; above it new requests are not kept. None: no limit."""
 
     segment_tokens: int = Field(default=65_536, ge=1)
-    """Tokens after which a segment is written; an idle engine writes sooner."""
+    """Tokens after which a segment is written; shorter ones are written for the reasons below."""
 
     idle_seconds: float = Field(default=0.5, gt=0)
-    """How long a finished rollout waits for others before its segment is written anyway."""
+    """How long finished rollouts wait for others while no request is running."""
+
+    busy_seconds: float = Field(default=5.0, gt=0)
+    """How long they wait at most while others run: each file costs the engine a little."""
 
     max_spool_bytes: int = Field(default=8 << 30, ge=1)
     """Above this many bytes of unread segments, whole rollouts are dropped and counted."""
