@@ -35,7 +35,11 @@ os.environ.update(ENVIRONMENT)  # before torch and vLLM are imported
 K = 3
 # Prompts that the drafters are measured on.
 PROMPTS = 256
-TRAINING = ("--tokens-per-step", "2048", "--learning-rate", "3e-3", "--k", str(K))
+# As the demo trains: many small steps.
+TRAINING = (
+    "--k", str(K), "--tokens-per-step", "1024", "--learning-rate", "6e-3",
+    "--set", "training.precision=bfloat16",
+)  # fmt: skip
 
 
 @dataclass
@@ -176,7 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--policy", type=Path, help="a policy of the demo; trained when absent")
     parser.add_argument("--rollouts", type=int, default=2000, help="saved rollouts")
-    parser.add_argument("--steps", type=int, default=150, help="our optimizer steps")
+    parser.add_argument("--steps", type=int, default=400, help="our optimizer steps")
     parser.add_argument("--peer-epochs", type=int, default=3)
     parser.add_argument("--saturation", action="store_true", help="against ten times the steps")
     parser.add_argument("--json", action="store_true")

@@ -6,7 +6,7 @@ Every knob has one default, here, with its unit.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -151,17 +151,43 @@ def load_config(path: str | Path) -> SidecarConfig:
         ConfigError: the file is missing, is not YAML, or a key or value is wrong; names the key.
     """
     try:
-        document: Any = yaml.safe_load(Path(path).read_text())
+        text = Path(path).read_text()
     except OSError as error:
         raise ConfigError(path, "file", f"cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigError(path, "file", f"is not YAML: {error}") from error
-    if not isinstance(document, dict):
-        raise ConfigError(path, "file", "expected a mapping of keys")
+    return parsed(SidecarConfig, text, path)
+
+
+_Section = TypeVar("_Section", bound=Section)
+
+
+def parsed(section: type[_Section], text: str, where: str | Path) -> _Section:
+    """A section of the configuration from YAML.
+
+    Raises:
+        ConfigError: not YAML, or a key or value is wrong; blames `where` and names the key.
+    """
     try:
-        return SidecarConfig.model_validate(document)
+        document: Any = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        problem = " ".join(str(error).split())
+        raise ConfigError(where, "file", f"is not YAML: {problem}") from error
+    if not isinstance(document, dict):
+        raise ConfigError(where, "file", "expected a mapping of keys")
+    return validated(section, document, where)
+
+
+def validated(section: type[_Section], document: dict[str, Any], where: str | Path) -> _Section:
+    """A section of the configuration from a mapping of keys.
+
+    Raises:
+        ConfigError: a key or value is wrong; blames `where` and names the key.
+    """
+    try:
+        return section.model_validate(document)
     except ValidationError as error:
-        raise explain(error, path, ConfigError) from error
+        raise explain(error, where, ConfigError) from error
 
 
 def explain(error: ValidationError, where: str | Path, kind: type[InputError]) -> InputError:

@@ -75,6 +75,12 @@ def test_pretrain_improves_on_what_eval_says_of_the_start(folder: Path, tmp_path
         run("pretrain", "--drafter", folder / "toy", "--registry", tmp_path, "--steps", 30, *common)
     )
     assert trained["acceptance_length"] > before["acceptance_length"]
+    chosen = ("--set", "training.objective=tv", "--set", "training.learning_rate=1e-2")
+    other = run(
+        "pretrain", "--drafter", folder / "toy", "--registry", tmp_path / "other",
+        "--out", tmp_path / "run", "--steps", 5, *chosen, *common,
+    )  # fmt: skip
+    assert json.loads(other)["acceptance_length"] != trained["acceptance_length"]
     after = json.loads(run("eval", "--drafter", tmp_path / "drafter" / "latest", *common))
     assert after["acceptance_length"] > before["acceptance_length"]
 
@@ -112,6 +118,26 @@ def test_a_spool_that_is_none(folder: Path, tmp_path: Path) -> None:
         "--rollouts", tmp_path / "nothing",
     )  # fmt: skip
     assert "nothing" in line
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ("training.objektive=tv", "training.objektive"),
+        ("training.objective=best", "training.objective"),
+        ("min_gain.more=1", "min_gain"),
+        ("patience=-1", "patience"),
+        ("objective", "KEY=VALUE"),
+    ],
+)
+def test_a_setting_that_is_none(folder: Path, tmp_path: Path, setting: str, named: str) -> None:
+    result = call(
+        "pretrain",
+        "--target", folder / "policy", "--rollouts", folder / "spool",
+        "--drafter", folder / "toy", "--registry", tmp_path, "--set", setting,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert named in result.stderr.strip().splitlines()[-1]
 
 
 def test_a_run_without_a_summary(tmp_path: Path) -> None:

@@ -32,6 +32,14 @@ def above_zero(text: str) -> float:
     return value
 
 
+def setting(text: str) -> tuple[str, str]:
+    """An argument that is KEY=VALUE."""
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise argparse.ArgumentTypeError(f"{text}; expected KEY=VALUE")
+    return key, value
+
+
 def numbers(text: str) -> list[int]:
     """An argument that is a list of whole numbers, as 1,5,9."""
     return [int(part) for part in text.split(",")]

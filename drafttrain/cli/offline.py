@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from drafttrain.cli.arguments import above_zero, add_command, numbers, positive
+from drafttrain.cli.arguments import above_zero, add_command, numbers, positive, setting
 from drafttrain.errors import ConfigError
 
 
@@ -42,13 +42,17 @@ def _add_pretrain(pretrain: argparse.ArgumentParser) -> None:
     pretrain.add_argument("--registry", type=Path, required=True, help="where to publish it")
     pretrain.add_argument("--out", type=Path, default=Path("runs/pretrain"), help="state, report")
     pretrain.add_argument("--resume", action="store_true", help="continue the run in --out")
-    pretrain.add_argument("--steps", type=positive, default=1000, help="optimizer steps at most")
-    pretrain.add_argument("--tokens-per-step", type=positive, default=2048)
-    pretrain.add_argument("--microbatch-tokens", type=positive, default=512)
-    pretrain.add_argument("--learning-rate", type=above_zero, default=None)
-    pretrain.add_argument("--patience", type=positive, default=4, help="estimates without gain")
-    pretrain.add_argument("--evaluate-every", type=positive, default=50, help="steps")
-    pretrain.add_argument("--seed", type=int, default=0)
+    pretrain.add_argument("--steps", type=positive, help="optimizer steps at most")
+    pretrain.add_argument("--tokens-per-step", type=positive)
+    pretrain.add_argument("--microbatch-tokens", type=positive)
+    pretrain.add_argument("--learning-rate", type=above_zero)
+    pretrain.add_argument("--patience", type=positive, help="estimates without gain")
+    pretrain.add_argument("--evaluate-every", type=positive, help="steps")
+    pretrain.add_argument("--seed", type=int)
+    pretrain.add_argument(
+        "--set", type=setting, action="append", default=[], metavar="KEY=VALUE",
+        help="any other setting, as training.objective=tv; more than once",
+    )  # fmt: skip
     pretrain.add_argument(
         "--memory", type=above_zero, metavar="GIB", help="fit the microbatch to this"
     )
@@ -126,32 +130,15 @@ def _draft_ids(rollouts: Path | None, vocab_size: int, size: int) -> Any:
 
 
 def _pretrain(options: argparse.Namespace) -> None:
-    from drafttrain.config import PretrainConfig, TrainingConfig
     from drafttrain.pretrain.command import PretrainCommand
     from drafttrain.pretrain.display import show_pretrain
 
-    rate = {} if options.learning_rate is None else {"learning_rate": options.learning_rate}
-    greedy = {"objective": "soft_cross_entropy"} if options.draft_sample_method == "greedy" else {}
-    config = PretrainConfig(
-        training=TrainingConfig(
-            draft_tokens=options.k,
-            tokens_per_step=options.tokens_per_step,
-            seed=options.seed,
-            **rate,
-            **greedy,
-        ),
-        steps=options.steps,
-        microbatch_tokens=options.microbatch_tokens,
-        evaluate_every=options.evaluate_every,
-        patience=options.patience,
-        draft_sample_method=options.draft_sample_method,
-    )
     command = PretrainCommand(
         inputs=_inputs(options),
         drafter=options.drafter,
         registry=options.registry,
         out=options.out,
-        config=config,
+        config=_pretrain_config(options),
         resume=options.resume,
         memory=None if options.memory is None else int(options.memory * 2**30),
         sharded=options.shard,
@@ -159,6 +146,30 @@ def _pretrain(options: argparse.Namespace) -> None:
     summary = show_pretrain(command, quiet=options.json)
     if options.json and summary is not None:
         print(json.dumps(summary))
+
+
+def _pretrain_config(options: argparse.Namespace) -> Any:
+    from drafttrain.config import PretrainConfig, validated
+
+    def given(*names: str) -> dict[str, Any]:
+        values = {name: getattr(options, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
+    training = {"draft_tokens": options.k} | given("tokens_per_step", "learning_rate", "seed")
+    if options.draft_sample_method == "greedy":
+        training["objective"] = "soft_cross_entropy"
+    document: dict[str, Any] = {"training": training} | given(
+        "steps", "microbatch_tokens", "evaluate_every", "patience", "draft_sample_method"
+    )
+    for key, value in options.set:
+        *sections, name = key.split(".")
+        section = document
+        for part in sections:
+            section = section.setdefault(part, {})
+            if not isinstance(section, dict):
+                raise ConfigError("pretrain", key, "unknown key")
+        section[name] = value
+    return validated(PretrainConfig, document, "pretrain")
 
 
 def _eval(options: argparse.Namespace) -> None:

@@ -14,10 +14,10 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from scipy.stats import norm
 
-from drafttrain.config import Fraction, Section, explain
+from drafttrain.config import Fraction, Section, parsed
 from drafttrain.control.economics import EngineCost
 from drafttrain.errors import ConfigError
 from drafttrain.simulator.acceptance import Acceptance
@@ -237,17 +237,7 @@ def load_scenario(path: str | Path) -> Scenario:
 
 def parse_scenario(text: str, where: str) -> Scenario:
     """As :func:`load_scenario`, from text; `where` stands in messages."""
-    try:
-        document: Any = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        problem = " ".join(str(error).split())
-        raise ConfigError(where, "file", f"is not YAML: {problem}") from error
-    if not isinstance(document, dict):
-        raise ConfigError(where, "file", "expected a mapping of keys")
-    try:
-        return Scenario.model_validate(document)
-    except ValidationError as error:
-        raise explain(error, where, ConfigError) from error
+    return parsed(Scenario, text, where)
 
 
 def presets() -> list[str]:
