@@ -149,6 +149,11 @@ class Corpus:
             seed=seed,
         )
 
+    @property
+    def taught(self) -> bool:
+        """Whether features are computed here, by a teacher."""
+        return self._features is not None
+
     def load(self, microbatch: Microbatch) -> list[Rollout]:
         """Its rollouts with features; computed, unless they were kept or captured."""
         if self._features is None:
@@ -196,13 +201,22 @@ class Corpus:
 class Loader:
     """Loads the microbatches of coming steps in a thread, and times how long a step waits for them.
 
+    While it is open, a teacher in that thread and whoever opened it have half of torch's threads
+    each: all of them for both would wait for one another at every operation on a CPU.
+
     Attributes:
         waited_seconds: that the trainer stood still for data.
     """
 
     def __init__(self, corpus: Corpus, steps: Iterator[list[Microbatch]], ahead: int = 2) -> None:
         self._corpus, self._steps = corpus, steps
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="drafttrain-loader")
+        self._threads = torch.get_num_threads()
+        half = max(1, self._threads // 2)
+        self._pool = ThreadPoolExecutor(
+            1, "drafttrain-loader", initializer=torch.set_num_threads, initargs=(half,)
+        )
+        if corpus.taught:
+            torch.set_num_threads(max(1, self._threads - half))
         self._ahead: deque[Future[list[list[Rollout]]]] = deque()
         self.waited_seconds = 0.0
         for _ in range(ahead):
@@ -234,6 +248,7 @@ class Loader:
         traceback: TracebackType | None,
     ) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(self._threads)
 
 
 def _divide(entries: Sequence[Entry], tokens: int, seed: int) -> Iterator[list[Entry]]:
