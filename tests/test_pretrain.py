@@ -301,7 +301,7 @@ try:
         t.command(pathlib.Path({files!r}), out, config=config, sharded=True), on_step=stop
     )
 except Stop:
-    if os.environ["RANK"] == "0":  # one line, for two processes
+    if os.environ.get("RANK", "0") == "0":  # one line, for two processes
         print(json.dumps(dict(stopped=15)))
 """
 
