@@ -175,9 +175,8 @@ class Trainer:
         norm = whole(norm)
         if not torch.isfinite(norm):
             names = ", ".join(rollout.rollout_id for rollout in rollouts[:5])
-            raise RolloutError(
-                "rollouts", f"one of {names} …", "gives gradients that are not finite"
-            )
+            problem = "gives gradients that are not finite; or the learning rate is too high"
+            raise RolloutError("rollouts", f"one of {names} …", problem)
         self.optimizer.step()
         self._averaged.update_parameters(self.drafter)
         return norm
