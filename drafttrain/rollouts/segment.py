@@ -39,7 +39,7 @@ from drafttrain.rollouts.record import FeatureLayout, Rollout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-_OPTIONAL = ("aux_hidden", "generated", "rejected")
+_OPTIONAL_FLAGS = ("generated", "rejected")
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -173,7 +173,8 @@ class _Views(Sequence[Rollout]):
         index = range(len(self))[index]
         rows = slice(self._offsets[index], self._offsets[index + 1])
         optional: dict[str, Any] = {
-            name: self._tensors[name][rows] if name in self._tensors else None for name in _OPTIONAL
+            name: self._tensors[name][rows] if name in self._tensors else None
+            for name in ("aux_hidden", *_OPTIONAL_FLAGS)
         }
         return Rollout(
             **vars(self._header.rollouts[index]),
@@ -243,7 +244,7 @@ def _check_tensors(header: Header, tensors: dict[str, Tensor], where: str | Path
     }
     if layout.layer_ids:
         expected["aux_hidden"] = ((total, len(layout.layer_ids), hidden), dtype)
-    for name in ("generated", "rejected"):
+    for name in _OPTIONAL_FLAGS:
         if name in tensors:
             expected[name] = ((total,), torch.bool)
     for name, (shape, kind) in expected.items():
@@ -265,6 +266,6 @@ def _check_values(tensors: dict[str, Tensor], where: str | Path) -> None:
     if bool((tokens < 0).any()):
         raise RolloutError(where, "tokens", "negative token ids")
     # A byte that is neither 0 nor 1 is no boolean, and torch would not notice.
-    for name in ("captured", "generated", "rejected"):
+    for name in ("captured", *_OPTIONAL_FLAGS):
         if name in tensors and bool((tensors[name].view(torch.uint8) > 1).any()):
             raise RolloutError(where, name, "expected 0 or 1 for every row")
