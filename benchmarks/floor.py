@@ -10,8 +10,9 @@ otherwise:
 - at each depth, per rollout and head: scores and their product with the values, and the four
   gradients of these, over tiles of 256 queries with the keys up to the tile's end.
 
-Products write into buffers made beforehand, the heads' in chunks of rows: no memory is allocated,
-nothing is normalised, masked, rotated or summed up. Softmax, loss and optimizer are not counted.
+Products write into buffers made beforehand, the heads' in chunks of rows, and what attention needs
+comes from memory that was freed before: nothing is normalised, masked, rotated or summed up.
+Softmax, loss and optimizer are not counted.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from benchmarks.peers import Contender, Variant
 from benchmarks.workload import LAYER_IDS, Workload
+from drafttrain.training.devices import keep_freed_memory
 
 QUERY_TILE = 256
 HEAD_CHUNK = 512
@@ -82,6 +84,7 @@ class Floor(Contender):
         slots = cell.rollout_length - 1
         rows, drafted = cell.rollouts * slots, cell.rollouts * (slots - 1)
         heads = workload.config.num_attention_heads
+        keep_freed_memory()
         self.ttt, self.chunks = cell.ttt, -(-drafted // HEAD_CHUNK)
         chunk = drafted // self.chunks
         self.fc = Linear.of(rows, len(LAYER_IDS) * hidden, hidden, dtype, backward_input=False)

@@ -13,6 +13,7 @@ A drafter is used through :meth:`Drafter.unroll`, and its head by the loss, not 
 from __future__ import annotations
 
 import copy
+import ctypes
 from collections.abc import Iterable
 
 import torch
@@ -21,6 +22,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from drafttrain.drafters.contract import Drafter
+
+# Of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 class Devices:
@@ -37,6 +41,8 @@ class Devices:
         """Join the other processes, when there are any; on a GPU when there is one."""
         self._accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.device: torch.device = self._accelerator.device
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.rank: int = self._accelerator.process_index
         self.count: int = self._accelerator.num_processes
         self.sharded = sharded and self.count > 1
@@ -97,3 +103,16 @@ def whole_copy(drafter: Drafter, plain: Drafter) -> Drafter:
     gathered = copy.deepcopy(plain)
     gathered.load_state_dict(weights)
     return gathered
+
+
+def keep_freed_memory() -> None:
+    """Let this process's malloc keep what is freed, as the allocator for a GPU does.
+
+    By default glibc returns large blocks to the operating system, and every step pays for having
+    them mapped and zeroed again: a fifth of a step over a vocabulary of 32,768. Other C libraries
+    are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_TRIM_THRESHOLD, -1)
+        mallopt(_M_MMAP_THRESHOLD, 1 << 30)

@@ -19,9 +19,10 @@ from drafttrain.drafters.batch import Batch, pad_rows
 from drafttrain.drafters.kernels import compute_dtype
 from drafttrain.training.objectives import OBJECTIVES
 
-# Draft logits that exist at once, and those worked on at once (on a CPU: what its cache holds).
-LOGITS_AT_ONCE = 1 << 24
-_BLOCK_ELEMENTS = 1 << 18
+# Draft logits that exist at once: fewer chunks mean fewer sums of the head's gradient.
+LOGITS_AT_ONCE = 1 << 26
+# Those worked on at once, in several float32 tensors of that size; on a CPU they fit its cache.
+_BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
 def _soft_cross_entropy(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,11 +40,15 @@ def _tv(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _lk(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    # In log space: finite, with a useful gradient, where p and q share no mass in float32.
+    # Relative to the largest: finite, with a useful gradient, where p and q share no mass in float32.
     shared = torch.minimum(log_p, log_q)
-    log_overlap = shared.logsumexp(-1)
-    share = shared.sub_(log_overlap[..., None]).exp_().mul_(_less(log_q, log_p))
-    slope = log_q.exp().mul_(share.sum(-1, keepdim=True)).sub_(share)
+    largest = shared.amax(-1, keepdim=True)
+    shared.sub_(largest).exp_()
+    total = shared.sum(-1, keepdim=True)
+    log_overlap = (largest + total.log())[..., 0]
+    scarce = shared.mul_(_less(log_q, log_p))
+    slope = log_q.exp().mul_(scarce.sum(-1, keepdim=True) / total)
+    slope.addcmul_(scarce, total.reciprocal(), value=-1.0)
     return -log_overlap, log_overlap.exp(), slope
 
 
@@ -206,16 +211,17 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, len(rows.row), chunk):
             part = slice(start, start + chunk)
             row = rows.row[part]
-            policy_logits = batch.last_hidden[row].to(dtype) @ teacher.T
-            drafting = hidden[depth, rows.drafted_by[:, part]]
+            # Both sides' logits are divided by the temperature: cheapest in what they come from.
+            sharpness = batch.temperatures[batch.rollout_of[row], None].reciprocal()
+            policy_logits = (batch.last_hidden[row] * sharpness).to(dtype) @ teacher.T
+            drafting = (hidden[depth, rows.drafted_by[:, part]] * sharpness).to(dtype)
             logits = drafting @ head.T
-            temperature = batch.temperatures[batch.rollout_of[row], None]
             value, shared = _slopes_in_place(
-                policy_logits, logits, temperature, weights[:, part], objective, draft_ids
+                policy_logits, logits, weights[:, part], objective, draft_ids
             )
             total += value
             overlap += (shared * rows.drafted[:, part]).sum(1)
-            grad_rows[:, part] = logits @ head
+            grad_rows[:, part] = (logits @ head) * sharpness
             if draft_head.requires_grad:
                 grad_head += logits.flatten(0, 1).T @ drafting.flatten(0, 1)
         ctx.save_for_backward(rows.by_round(grad_rows, hidden.shape[1]), grad_head)
@@ -231,7 +237,6 @@ class _ChunkedLoss(torch.autograd.Function):
 def _slopes_in_place(
     policy_logits: Tensor,
     logits: Tensor,
-    temperature: Tensor,
     weights: Tensor,
     objective: Values,
     draft_ids: Tensor | None,
@@ -241,7 +246,6 @@ def _slopes_in_place(
     Args:
         policy_logits: [n, V].
         logits: [D, n, V], overwritten.
-        temperature: [n, 1].
         weights: [D, n] of each row and depth in the loss.
         objective: see :data:`Values`.
         draft_ids: int64 [Vd]; then the draft logits are [D, n, Vd].
@@ -251,16 +255,16 @@ def _slopes_in_place(
     """
     wide = weights.dtype
     depths, rows, vocab = logits.shape
-    block = rows if logits.is_cuda else max(1, _BLOCK_ELEMENTS // (depths * vocab))
+    block = max(1, _BLOCK_ELEMENTS[logits.device.type] // (depths * vocab))
     total, overlaps = weights.new_zeros(()), []
     for start in range(0, rows, block):
         part = slice(start, start + block)
-        log_p = (policy_logits[part].to(wide) / temperature[part]).log_softmax(-1)
+        log_p = policy_logits[part].log_softmax(-1, dtype=wide)
         if draft_ids is not None:
             log_p = log_p[:, draft_ids]
-        log_q = (logits[:, part].to(wide) / temperature[part]).log_softmax(-1)
+        log_q = logits[:, part].log_softmax(-1, dtype=wide)
         value, overlap, slope = objective(log_p, log_q)
         total += (value * weights[:, part]).sum()
         overlaps.append(overlap)
-        logits[:, part] = slope.mul_((weights[:, part, None]) / temperature[part])
+        logits[:, part] = slope.mul_(weights[:, part, None])
     return total, torch.cat(overlaps, 1)
