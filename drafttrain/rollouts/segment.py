@@ -121,8 +121,10 @@ def pack(
     except ValidationError as error:
         raise explain(error, where, RolloutError) from error
     parts = _parts(rollouts, where)
-    _check_tensors(header, {name: _whole(parts[name], name, where) for name in parts}, where)
-    return parts, {"segment": header.model_dump_json()}
+    wholes = {name: _whole(parts[name], name, where) for name in parts}
+    _check_tensors(header, wholes, where)
+    small = {name: [whole] for name, whole in wholes.items() if not whole.is_meta}
+    return parts | small, {"segment": header.model_dump_json()}
 
 
 def read_segment(path: Path) -> Segment:

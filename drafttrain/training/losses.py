@@ -40,7 +40,7 @@ def _tv(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _lk(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    # Relative to the largest: finite, with a useful gradient, where p and q share no mass in float32.
+    # By the largest: finite, with a useful gradient, where p and q share no mass in float32.
     shared = torch.minimum(log_p, log_q)
     largest = shared.amax(-1, keepdim=True)
     shared.sub_(largest).exp_()

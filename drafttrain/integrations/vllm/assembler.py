@@ -10,6 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,16 +18,21 @@ import torch
 from torch import Tensor
 
 from drafttrain.integrations.vllm.counters import Counters
-from drafttrain.integrations.vllm.live import Bytes, LiveRequest
+from drafttrain.integrations.vllm.live import LiveRequest
+from drafttrain.integrations.vllm.rows import Bytes, Rows
 from drafttrain.integrations.vllm.segments import Segments
 from drafttrain.integrations.vllm.selection import Selection
 from drafttrain.integrations.vllm.settings import EngineSettings
-from drafttrain.integrations.vllm.steps import DeviceSampled, Ended, HeadTaken, Step
+from drafttrain.integrations.vllm.steps import DeviceSampled, Ended, HeadTaken, HostCopy, Step
 from drafttrain.rollouts.spool import SpoolWriter
 
 # Steps gather this long before the thread takes them: each time it wakes, the engine's thread may
 # have to wait for the interpreter lock.
 _GATHER_SECONDS = 0.1
+
+# The rows of so many steps, or of this share of the buffer, are copied out of them at once.
+_STEPS_TOGETHER = 16
+_SHARE_TOGETHER = 1 / 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +69,9 @@ class Assembler:
         self._put_bytes = self._taken_bytes = 0  # each written by one thread only: no lock
         self._live: dict[str, LiveRequest] = {}
         self._live_bytes = 0
+        self._noted: list[HostCopy] = []  # rows of steps that live requests refer to
+        self._noted_bytes = 0
+        self._rounds: Counter[tuple[bool, int | None, int, int]] = Counter()
         self._thread = threading.Thread(target=self._run, name="drafttrain-tap", daemon=True)
         self._thread.start()
 
@@ -169,15 +178,28 @@ class Assembler:
                     self._lose_rows(live)
                 self._advance(live, step, start + end - offset, drafted, sampled)
             offset += scheduled
+        self._count_rounds()
         if step.rows is not None:
-            self._taken_bytes += step.rows.tensor.nbytes
-            step.rows.release()
+            self._noted.append(step.rows)
+            self._noted_bytes += step.rows.tensor.nbytes
+            most = self._max_bytes * _SHARE_TOGETHER
+            if len(self._noted) >= _STEPS_TOGETHER or self._noted_bytes > most:
+                self._own_rows()
+
+    def _own_rows(self) -> None:
+        """Nothing refers to the memory of steps any more."""
+        for live in self._live.values():
+            live.rows.own()
+        for rows in self._noted:
+            rows.release()
+        self._taken_bytes += self._noted_bytes
+        self._noted, self._noted_bytes = [], 0
 
     def _open(self, request: Any, drafter_version: int | None) -> None:
         """Follows a new request, unless more than its token ids determines its states."""
         streamed = self._live.pop(request.req_id, None)
         if streamed is not None:
-            self._live_bytes -= streamed.held_bytes
+            self._live_bytes -= streamed.rows.held_bytes
         if (
             streamed is not None
             or request.prompt_token_ids is None
@@ -195,7 +217,7 @@ class Assembler:
             drafter_version,
         )
         live.kept = self._selection.keeps(live.group)
-        live.window = self._selection.window(live.req_id, live.max_length)
+        live.rows = Rows(self._selection.window(live.req_id, live.max_length))
         self._live[request.req_id] = live
         self.counters.requests[drafter_version] += 1
 
@@ -204,13 +226,12 @@ class Assembler:
         if held + rows.nbytes > self._max_bytes:
             self._lose_rows(live)
             return
-        before = live.held_bytes
-        live.write_rows(start, rows, policy_version)
-        self._live_bytes += live.held_bytes - before
-        self._selection.spend(live.held_bytes - before)
+        more = live.note_rows(start, rows, policy_version)
+        self._live_bytes += more
+        self._selection.spend(more)
 
     def _lose_rows(self, live: LiveRequest) -> None:
-        self._live_bytes -= live.held_bytes
+        self._live_bytes -= live.rows.held_bytes
         live.lose_rows()
 
     def _advance(
@@ -231,15 +252,22 @@ class Assembler:
         live.drafted += drafted
         live.accepted += accepted
         if accepted < drafted:
-            live.rejected_at.append(live.num_tokens + accepted)
-        self.counters.total.add(drafted, accepted)
+            live.rejected_at.append(len(live.tokens) + accepted)
         live.one_drafter &= step.drafted_by == live.drafter_version
-        if live.one_drafter:
-            self.counters.by_version[live.drafter_version].add(drafted, accepted)
+        self._rounds[live.one_drafter, live.drafter_version, drafted, accepted] += 1
+
+    def _count_rounds(self) -> None:
+        """What the requests of a step did, all at once."""
+        for (one_drafter, version, drafted, accepted), times in self._rounds.items():
+            self.counters.total.add(drafted, accepted, times)
+            if one_drafter:
+                self.counters.by_version[version].add(drafted, accepted, times)
+        self._rounds.clear()
 
     def _finish(self, live: LiveRequest, reason: str | None) -> None:
         del self._live[live.req_id]
-        self._live_bytes -= live.held_bytes
+        held_bytes = live.rows.held_bytes
+        self._live_bytes -= held_bytes
         counters = self.counters
         if live.damaged:
             counters.damaged += 1
@@ -247,15 +275,14 @@ class Assembler:
             counters.passed_over += 1
         elif live.lost:
             counters.dropped += 1
-        elif self._segments is None or self._segments.layout is None or not live.captured.any():
+        elif self._segments is None or self._segments.layout is None or not live.rows:
             counters.uncaptured += 1
         else:
             rollout_id = f"{self._engine}:{live.req_id}"
             rollout = live.rollout(rollout_id, self._segments.layout, reason)
-            self._segments.add(rollout, live.held_bytes)
+            self._segments.add(rollout, held_bytes)
 
 
 def _bytes_of(rows: Tensor) -> Bytes:
-    """[N, 1 + A, bytes of a state]: bytes, because numpy knows no bfloat16."""
     as_bytes: Bytes = rows.view(torch.uint8).numpy()
     return as_bytes

@@ -16,14 +16,15 @@ class Rounds:
     drafted: int = 0
     accepted_per_position: list[int] = field(default_factory=list)
 
-    def add(self, drafted: int, accepted: int) -> None:
-        self.rounds += 1
-        self.drafted += drafted
+    def add(self, drafted: int, accepted: int, times: int) -> None:
+        """So many rounds in which of so many drafts so many were accepted."""
+        self.rounds += times
+        self.drafted += drafted * times
         counts = self.accepted_per_position
         if len(counts) < drafted:
             counts.extend([0] * (drafted - len(counts)))
         for position in range(accepted):
-            counts[position] += 1
+            counts[position] += times
 
     def message(self) -> Acceptance:
         return Acceptance(

@@ -6,13 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from vllm.v1.core.sched.utils import check_stop
 from vllm.v1.request import RequestStatus
 
+from drafttrain.integrations.vllm.rows import Bytes, Rows
 from drafttrain.rollouts.record import FeatureLayout, Rollout, prompt_group
-
-Bytes = NDArray[np.uint8]
 
 
 class LiveRequest:
@@ -53,13 +51,9 @@ class LiveRequest:
         self.one_drafter = True
         self.group = prompt_group(prompt)
         self.kept = True
-        self.window = (0, self.max_length)
+        self.rows = Rows((0, self.max_length))
         self.lost = self.damaged = False
-        self.held_bytes = 0
-        self.captured = np.zeros(self.max_length, dtype=np.bool_)
         self._max_model_len = max_model_len
-        self._last: Bytes | None = None
-        self._aux: Bytes | None = None
         self._stops = {sampling_params.eos_token_id, *(sampling_params.stop_token_ids or ())}
         self._watch_repetition = sampling_params.repetition_detection is not None
 
@@ -71,31 +65,22 @@ class LiveRequest:
     def num_output_tokens(self) -> int:
         return len(self.output_token_ids)
 
-    def write_rows(self, start: int, rows: Bytes, policy_version: int) -> None:
-        """Rows [n, 1 + A, bytes of a state] of positions ``start`` on, as far as they are in the
-        window; writing a position again replaces it."""
-        first, end = max(start, self.window[0]), min(start + len(rows), self.window[1])
+    def note_rows(self, start: int, rows: Bytes, policy_version: int) -> int:
+        """Rows of positions ``start`` on; those of an older policy are forgotten.
+
+        Returns:
+            By how many bytes more is held.
+        """
+        before = self.rows.held_bytes
         if policy_version != self.policy_version:
-            self.captured[:] = False
+            self.rows.clear()
             self.policy_version = policy_version
-        if end <= first:
-            return
-        if self._last is None or self._aux is None:
-            # Zeros are not committed by the operating system before they are written to.
-            _, states, width = rows.shape
-            self._last = np.zeros((self.max_length, width), dtype=np.uint8)
-            self._aux = np.zeros((self.max_length, states - 1, width), dtype=np.uint8)
-        rows = rows[first - start : end - start]
-        self._last[first:end] = rows[:, 0]
-        self._aux[first:end] = rows[:, 1:]
-        self.captured[first:end] = True
-        self.held_bytes += rows.nbytes
+        self.rows.note(start, rows)
+        return self.rows.held_bytes - before
 
     def lose_rows(self) -> None:
         self.lost = True
-        self.held_bytes = 0
-        self._last = self._aux = None
-        self.captured[:] = False
+        self.rows.clear()
 
     def append(self, sampled: list[int]) -> str | None:
         """Appends sampled tokens up to a stop.
@@ -103,7 +88,7 @@ class LiveRequest:
         Returns:
             The finish reason when one of them ended the request.
         """
-        near_limit = self.num_tokens + len(sampled) >= self.max_length
+        near_limit = len(self.tokens) + len(sampled) >= self.max_length
         if not near_limit and not self._watch_repetition and self._stops.isdisjoint(sampled):
             self.tokens += sampled
             self.output_token_ids += sampled
@@ -121,22 +106,20 @@ class LiveRequest:
         return None if self.sampling_params.stop else "abort"
 
     def rollout(self, rollout_id: str, layout: FeatureLayout, reason: str | None) -> Rollout:
-        """The finished rollout; its tensors view this request's buffers."""
+        """The finished rollout; its rows are no longer here."""
         length = self.num_tokens
-        rejected = torch.zeros(length, dtype=torch.bool)
+        last, aux, captured = self.rows.take(length)
+        rejected = np.zeros(length, dtype=np.bool_)
         rejected[[position for position in self.rejected_at if position < length]] = True
-        assert self._last is not None
-        assert self._aux is not None
         dtype = getattr(torch, layout.dtype)
-        aux = torch.from_numpy(self._aux[:length]).view(dtype) if layout.layer_ids else None
         return Rollout(
             rollout_id=rollout_id,
             group=self.group,
-            tokens=torch.tensor(self.tokens, dtype=torch.int32),
+            tokens=torch.from_numpy(np.array(self.tokens, dtype=np.int32)),
             prompt_length=self.prompt_length,
-            captured=torch.from_numpy(self.captured[:length]),
-            last_hidden=torch.from_numpy(self._last[:length]).view(dtype),
-            aux_hidden=aux,
+            captured=torch.from_numpy(captured),
+            last_hidden=torch.from_numpy(last).view(dtype),
+            aux_hidden=torch.from_numpy(aux).view(dtype) if layout.layer_ids else None,
             policy_version=self.policy_version,
             drafter_version=self.drafter_version,
             temperature=float(self.sampling_params.temperature),
@@ -144,5 +127,5 @@ class LiveRequest:
             rounds=self.rounds,
             drafted=self.drafted,
             accepted=self.accepted,
-            rejected=rejected,
+            rejected=torch.from_numpy(rejected),
         )

@@ -18,7 +18,7 @@ class RowBuffers:
     """Memory for the rows of steps, used again: on a CPU fresh memory costs more than the copy."""
 
     def __init__(self) -> None:
-        self._free: deque[Tensor] = deque(maxlen=8)
+        self._free: deque[Tensor] = deque(maxlen=32)
 
     def stack(self, states: Sequence[Tensor]) -> HostCopy:
         """[N, S, H] from S tensors [N, H] on the CPU, in a buffer that comes back when read."""
@@ -34,7 +34,7 @@ class RowBuffers:
 class HostCopy:
     """A tensor on its way to host memory.
 
-    :meth:`wait` belongs to the assembler's thread, which calls ``release`` when it has read it.
+    :meth:`wait` belongs to the assembler's thread, which calls ``release`` when it is done with it.
     """
 
     tensor: Tensor
@@ -49,7 +49,7 @@ class HostCopy:
 
 def to_host(source: Tensor) -> HostCopy:
     """Starts a copy to pinned memory without waiting for it; a CPU tensor is taken as it is."""
-    if source.device.type == "cpu":
+    if source.is_cpu:
         return HostCopy(source)
     stream = _copy_stream(source.device)
     stream.wait_stream(torch.cuda.current_stream(source.device))

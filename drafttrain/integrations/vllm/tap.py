@@ -125,7 +125,7 @@ class Tap:
 
     def _rows(self, states: list[Tensor]) -> HostCopy:
         """[N, 1 + A, H]; a copy, because the engine reuses its buffers."""
-        if states[0].device.type == "cpu":
+        if states[0].is_cpu:
             return self._buffers.stack(states)
         return to_host(torch.stack(states, dim=1))
 
