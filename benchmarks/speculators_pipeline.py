@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from drafttrain.drafters.policy import PolicyShape
 from drafttrain.rollouts.sources import SavedRollout
-from drafttrain.training.teacher import Teacher
+from drafttrain.training.teacher import TransformersTeacher
 
 _TRAINER = """
 import torch
@@ -48,7 +48,7 @@ def dump_features(
     Dataset.from_list(rows).with_format("torch").save_to_disk(str(folder))
     (folder / "hidden_states").mkdir()
     # It wants the last hidden state before the final norm: the state after the last layer.
-    teacher = Teacher(target, (*layer_ids, last))
+    teacher = TransformersTeacher(target, (*layer_ids, last))
     numbers = {id(rollout): number for number, rollout in enumerate(rollouts)}
     by_length = sorted(rollouts, key=lambda rollout: rollout.length)
     for start in range(0, len(rollouts), 32):

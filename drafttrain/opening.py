@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from drafttrain.config import PretrainConfig
 from drafttrain.drafters.policy import PolicyShape, load_tokenizer
@@ -15,9 +16,20 @@ from drafttrain.errors import RolloutError, SpoolError
 from drafttrain.rollouts.sources import Encoder, Reading, read_rollouts
 from drafttrain.rollouts.spool import SpoolWriter
 from drafttrain.training.corpus import Corpus
-from drafttrain.training.teacher import Teacher
+from drafttrain.training.teacher import Teacher, TransformersTeacher
 
 Say = Callable[[str], None]
+
+
+class StartTeacher(Protocol):
+    """Starts a teacher that is not transformers'."""
+
+    def __call__(
+        self, folder: Path, layer_ids: Sequence[int], *, longest: int, dtype: str
+    ) -> Teacher:
+        """For rollouts of at most ``longest`` tokens."""
+
+
 # A cache is a spool with the first of these in it once it is whole, and the second until then.
 _MARKER, _UNFINISHED = "features.json", "features.unfinished"
 
@@ -33,6 +45,7 @@ class Inputs:
         temperature: of rollouts that do not tell theirs.
         cache: spool folder to keep computed features in; None streams them.
         policy_dtype, device_map: of the policy, as transformers takes them.
+        start_teacher: what computes features instead of transformers.
     """
 
     target: Path
@@ -42,6 +55,7 @@ class Inputs:
     cache: Path | None = None
     policy_dtype: str = "auto"
     device_map: str | None = None
+    start_teacher: StartTeacher | None = None
 
 
 @dataclass(frozen=True)
@@ -88,13 +102,7 @@ def open_corpus(
     if inputs.cache is not None and _is_complete(inputs, identity):
         say(f"features: from {inputs.cache}")
         return _open_spool(inputs.cache, config)
-    teacher = Teacher(
-        inputs.target,
-        layer_ids,
-        dtype=inputs.policy_dtype,
-        device_map=inputs.device_map,
-        normed=normed,
-    )
+    teacher = _start_teacher(inputs, reading, layer_ids, normed)
     corpus = Corpus.of_saved(
         reading.rollouts,
         teacher,
@@ -111,6 +119,23 @@ def open_corpus(
     _write_cache(inputs.cache, corpus, teacher, tokens * teacher.bytes_per_token, say)
     _mark_complete(inputs, identity)
     return _open_spool(inputs.cache, config)
+
+
+def _start_teacher(
+    inputs: Inputs, reading: Reading, layer_ids: Sequence[int], normed: bool
+) -> Teacher:
+    if inputs.start_teacher is not None:
+        longest = max(rollout.length for rollout in reading.rollouts)
+        return inputs.start_teacher(
+            inputs.target, layer_ids, longest=longest, dtype=inputs.policy_dtype
+        )
+    return TransformersTeacher(
+        inputs.target,
+        layer_ids,
+        dtype=inputs.policy_dtype,
+        device_map=inputs.device_map,
+        normed=normed,
+    )
 
 
 def _open_spool(path: Path, config: PretrainConfig) -> Opened:

@@ -13,7 +13,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHead
 
 from drafttrain.errors import CheckpointError
 from drafttrain.rollouts.sources.samples import Facts, SavedRollout
-from drafttrain.training.teacher import Teacher
+from drafttrain.training.teacher import TransformersTeacher
 
 
 def saved(length: int, prompt: int = 2, seed: int = 0, gap: bool = False) -> SavedRollout:
@@ -38,7 +38,7 @@ def test_features_are_the_policys_hidden_states(
     tmp_path: Path, layer_ids: tuple[int, ...], chunk: int
 ) -> None:
     policy = write_policy(tmp_path)
-    teacher = Teacher(tmp_path, layer_ids, chunk=chunk)
+    teacher = TransformersTeacher(tmp_path, layer_ids, chunk=chunk)
     rollouts = [saved(17, seed=1), saved(12, seed=2), saved(20, seed=3)]
     for rollout, found in zip(rollouts, teacher.features(rollouts), strict=True):
         tokens = rollout.tokens.long()[None]
@@ -56,7 +56,7 @@ def test_features_are_the_policys_hidden_states(
 
 def test_a_rollout_keeps_what_was_known_of_it(tmp_path: Path) -> None:
     write_policy(tmp_path)
-    teacher = Teacher(tmp_path, (1, 2, 3))
+    teacher = TransformersTeacher(tmp_path, (1, 2, 3))
     plain, with_gap = teacher.features([saved(10, prompt=3), saved(10, gap=True)])
     assert (plain.prompt_length, plain.temperature, plain.domain) == (3, 0.7, "d")
     assert plain.generated is None
@@ -67,7 +67,7 @@ def test_a_rollout_keeps_what_was_known_of_it(tmp_path: Path) -> None:
 
 def test_the_state_before_the_norm(tmp_path: Path) -> None:
     policy = write_policy(tmp_path)
-    teacher = Teacher(tmp_path, (), normed=False)
+    teacher = TransformersTeacher(tmp_path, (), normed=False)
     (found,) = teacher.features([saved(9)])
     assert (found.aux_hidden, teacher.layout.last_hidden_normed) == (None, False)
     expected = policy(saved(9).tokens.long()[None], output_hidden_states=True).hidden_states[-1]
@@ -79,10 +79,12 @@ def test_the_state_before_the_norm(tmp_path: Path) -> None:
 
 def test_the_same_rollouts_give_the_same_bits(tmp_path: Path) -> None:
     write_policy(tmp_path)
-    teacher = Teacher(tmp_path, (1, 2, 3))
+    teacher = TransformersTeacher(tmp_path, (1, 2, 3))
     rollouts = [saved(17, seed=1), saved(12, seed=2)]
     for first, second in zip(
-        teacher.features(rollouts), Teacher(tmp_path, (1, 2, 3)).features(rollouts), strict=True
+        teacher.features(rollouts),
+        TransformersTeacher(tmp_path, (1, 2, 3)).features(rollouts),
+        strict=True,
     ):
         assert torch.equal(first.last_hidden, second.last_hidden)
 
@@ -91,7 +93,7 @@ def test_another_architecture(tmp_path: Path) -> None:
     torch.manual_seed(0)
     policy = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=32, n_layer=3, n_head=2)).eval()
     policy.save_pretrained(tmp_path)
-    (found,) = Teacher(tmp_path, (1, 2)).features([saved(9)])
+    (found,) = TransformersTeacher(tmp_path, (1, 2)).features([saved(9)])
     expected = policy(saved(9).tokens.long()[None], output_hidden_states=True).hidden_states
     torch.testing.assert_close(found.last_hidden, expected[-1][0], rtol=1e-4, atol=1e-4)
     assert found.aux_hidden is not None
@@ -105,17 +107,17 @@ def test_a_policy_whose_logits_are_capped_is_refused(tmp_path: Path) -> None:
     config = Gemma2Config(vocab_size=20, final_logit_softcapping=0.1, **sizes, **heads)
     Gemma2ForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="lm_head"):
-        Teacher(tmp_path, (0, 1, 2))
+        TransformersTeacher(tmp_path, (0, 1, 2))
 
 
 def test_a_policy_without_weights_or_layers(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json"):
-        Teacher(tmp_path, (1, 2, 3))
+        TransformersTeacher(tmp_path, (1, 2, 3))
     making.policy_shape().config.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="cannot be loaded"):
-        Teacher(tmp_path, (1, 2, 3))
+        TransformersTeacher(tmp_path, (1, 2, 3))
     with pytest.raises(CheckpointError, match="9; the policy has 4 layers"):
-        Teacher(tmp_path, (1, 2, 9))
+        TransformersTeacher(tmp_path, (1, 2, 9))
 
 
 def test_only_safetensors_are_loaded(tmp_path: Path) -> None:
@@ -123,4 +125,4 @@ def test_only_safetensors_are_loaded(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").unlink()
     torch.save(policy.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="cannot be loaded"):
-        Teacher(tmp_path, (1, 2, 3))
+        TransformersTeacher(tmp_path, (1, 2, 3))

@@ -81,6 +81,12 @@ def _add_inputs(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--skip-malformed", action="store_true", help="and count them")
     command.add_argument("--cache", type=Path, help="keep computed features in this folder")
+    command.add_argument(
+        "--teacher",
+        choices=["transformers", "vllm"],
+        default="transformers",
+        help="what runs the policy for features",
+    )
     command.add_argument("--policy-dtype", default="auto")
     command.add_argument("--device-map", help="as transformers takes it: auto, ...")
     command.add_argument("--json", action="store_true")
@@ -199,6 +205,13 @@ def _inputs(options: argparse.Namespace) -> Any:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from drafttrain.opening import Inputs
 
+    start_teacher = None
+    if options.teacher == "vllm":
+        if options.device_map is not None:
+            raise ConfigError("pretrain", "--device-map", "is for --teacher transformers")
+        from drafttrain.integrations.vllm.teacher import EngineTeacher
+
+        start_teacher = EngineTeacher
     return Inputs(
         target=options.target,
         rollouts=options.rollouts,
@@ -207,4 +220,5 @@ def _inputs(options: argparse.Namespace) -> Any:
         cache=options.cache,
         policy_dtype=options.policy_dtype,
         device_map=options.device_map,
+        start_teacher=start_teacher,
     )

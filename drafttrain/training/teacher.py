@@ -1,8 +1,9 @@
 """The teacher: the policy run over saved tokens, for the features an engine would have captured.
 
 It computes what is asked for when it is asked for, so features stream into training and never lie
-on disk unless somebody wants them there. Any causal LM of transformers will do whose logits are its
-``lm_head`` times its last hidden state; that is tried on a few tokens before anything else happens.
+on disk unless somebody wants them there. Here by transformers, with any causal LM whose logits are
+its ``lm_head`` times its last hidden state, which is tried on a few tokens before anything else
+happens; ``integrations/vllm`` has a teacher that runs the policy in an engine.
 
 Memory is bounded by `chunk` tokens: neighbours of similar length are padded to one batch, and a
 rollout longer than the chunk goes through in pieces that share a key-value cache, as in chunked
@@ -14,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -33,13 +34,29 @@ _HEAD_TOLERANCE = 0.02
 _PADDING = 0.25
 
 
-class Teacher:
-    """A policy, frozen, whose hidden states a drafter learns from.
+class Teacher(Protocol):
+    """A policy, frozen, whose hidden states a drafter learns from."""
 
-    Attributes:
-        layout: of the features it gives.
-        head: the policy's embedding and lm_head.
-    """
+    layout: FeatureLayout
+    """Of the features it gives."""
+
+    head: PolicyHead
+    """The policy's embedding and lm_head."""
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of the features of one token."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the policy in this process's memory."""
+
+    def features(self, saved: Sequence[SavedRollout]) -> list[Rollout]:
+        """Run the policy over some rollouts; cheapest when similar lengths stand together."""
+
+
+class TransformersTeacher:
+    """See :class:`Teacher`: any causal LM of transformers."""
 
     def __init__(
         self,
@@ -116,7 +133,8 @@ class Teacher:
         last_hidden, aux_hidden = self._forward(tokens.to(self._device))
         for row, rollout in enumerate(part):
             within = row, slice(rollout.length)
-            yield _rollout(rollout, last_hidden[within], aux_hidden[within])
+            aux = aux_hidden[within] if self.layout.layer_ids else None
+            yield rollout.with_features(last_hidden[within], aux)
 
     def _forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """[B, T] to the last hidden states [B, T, H] and aux states [B, T, A, H].
@@ -179,29 +197,6 @@ def _padded_together(saved: Sequence[SavedRollout], chunk: int) -> Iterator[list
         part = together
     if part:
         yield part
-
-
-def _rollout(saved: SavedRollout, last_hidden: Tensor, aux_hidden: Tensor) -> Rollout:
-    facts = saved.facts
-    captured = torch.ones(saved.length, dtype=torch.bool)
-    captured[-1] = False  # nothing comes after it that an engine would have computed it for
-    whole = bool(saved.generated[saved.prompt_length :].all())
-    return Rollout(
-        rollout_id=facts.rollout_id or "",
-        group=saved.group,
-        tokens=saved.tokens,
-        prompt_length=saved.prompt_length,
-        captured=captured,
-        last_hidden=last_hidden,
-        aux_hidden=aux_hidden if aux_hidden.shape[1] else None,
-        policy_version=0,
-        drafter_version=None,
-        temperature=1.0 if facts.temperature is None else facts.temperature,
-        finish_reason=facts.finish_reason,
-        reward=facts.reward,
-        domain=facts.domain,
-        generated=None if whole else saved.generated,
-    )
 
 
 def _load(folder: Path, dtype: str, device_map: str | None) -> Any:

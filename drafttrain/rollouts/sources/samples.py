@@ -10,9 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from drafttrain.errors import RolloutError
+from drafttrain.rollouts.record import Rollout
 
 Row = Mapping[str, Any]
 
@@ -97,6 +99,34 @@ class SavedRollout:
     def prompt_length(self) -> int:
         """Tokens before the first one that the policy sampled."""
         return int(self.generated.int().argmax())
+
+    def with_features(self, last_hidden: Tensor, aux_hidden: Tensor | None) -> Rollout:
+        """The rollout with what a teacher computed on all its tokens.
+
+        Args:
+            last_hidden: [T, H].
+            aux_hidden: [T, A, H], or None.
+        """
+        facts = self.facts
+        captured = torch.ones(self.length, dtype=torch.bool)
+        captured[-1] = False  # nothing comes after it that an engine would have computed it for
+        whole = bool(self.generated[self.prompt_length :].all())
+        return Rollout(
+            rollout_id=facts.rollout_id or "",
+            group=self.group,
+            tokens=self.tokens,
+            prompt_length=self.prompt_length,
+            captured=captured,
+            last_hidden=last_hidden,
+            aux_hidden=aux_hidden,
+            policy_version=0,
+            drafter_version=None,
+            temperature=1.0 if facts.temperature is None else facts.temperature,
+            finish_reason=facts.finish_reason,
+            reward=facts.reward,
+            domain=facts.domain,
+            generated=None if whole else self.generated,
+        )
 
 
 def take(row: Row, field: str, kind: type | tuple[type, ...], where: str) -> Any:
