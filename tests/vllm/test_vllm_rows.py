@@ -26,7 +26,7 @@ def test_the_last_row_noted_at_each_position_is_kept(
     for number, (start, count, reused) in enumerate(steps):
         step = np.full((count, STATES, WIDTH), number + 1, dtype=np.uint8)
         step[:, 0] += 100
-        rows.note(start, step)
+        rows.note(start, step.view(f"V{WIDTH}")[..., 0])
         waiting.append(step)
         inside = range(max(start, window[0]), min(start + count, window[1]))
         noted |= dict.fromkeys(inside, number + 1)
@@ -38,7 +38,9 @@ def test_the_last_row_noted_at_each_position_is_kept(
     assert bool(rows) == bool(noted)
     if not noted:
         return
-    last, aux, captured = rows.take(length)
+    taken = rows.take(length)
+    last, aux = (states.view(np.uint8).reshape(*states.shape, WIDTH) for states in taken[:2])
+    captured = taken[2]
     numbers = np.array([noted.get(position, 0) for position in range(length)])
     assert np.array_equal(captured, numbers > 0)
     assert np.array_equal(last, np.where(captured, numbers + 100, 0)[:, None].repeat(WIDTH, 1))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from drafttrain.integrations.vllm.counters import Counters
 from drafttrain.integrations.vllm.live import LiveRequest
-from drafttrain.integrations.vllm.rows import Bytes, Rows
+from drafttrain.integrations.vllm.rows import Rows, States
 from drafttrain.integrations.vllm.segments import Segments
 from drafttrain.integrations.vllm.selection import Selection
 from drafttrain.integrations.vllm.settings import EngineSettings
@@ -28,7 +28,7 @@ from drafttrain.rollouts.spool import SpoolWriter
 
 # Steps gather this long before the thread takes them: each time it wakes, the engine's thread may
 # have to wait for the interpreter lock.
-_GATHER_SECONDS = 0.1
+_GATHER_SECONDS = 0.2
 
 # The rows of so many steps, or of this share of the buffer, are copied out of them at once.
 _STEPS_TOGETHER = 16
@@ -160,10 +160,10 @@ class Assembler:
     def _take_step(self, step: Step) -> None:
         for request in step.new_requests:
             self._open(request, step.drafter_version)
-        rows = None if step.rows is None else _bytes_of(step.rows.wait())
+        rows = None if step.rows is None else _states_of(step.rows.wait())
         lists = step.sampled.lists() if isinstance(step.sampled, DeviceSampled) else step.sampled
         drafts = step.drafts or [0] * len(step.req_ids)
-        starts = step.starts.wait().tolist()
+        starts = step.starts.wait().tolist() if isinstance(step.starts, HostCopy) else step.starts
         batch = zip(step.req_ids, step.scheduled, drafts, starts, lists, strict=True)
         offset = 0
         for req_id, scheduled, drafted, start, sampled in batch:
@@ -221,7 +221,7 @@ class Assembler:
         self._live[request.req_id] = live
         self.counters.requests[drafter_version] += 1
 
-    def _keep_rows(self, live: LiveRequest, start: int, rows: Bytes, policy_version: int) -> None:
+    def _keep_rows(self, live: LiveRequest, start: int, rows: States, policy_version: int) -> None:
         held = self._live_bytes + (self._segments.held_bytes if self._segments else 0)
         if held + rows.nbytes > self._max_bytes:
             self._lose_rows(live)
@@ -283,6 +283,8 @@ class Assembler:
             self._segments.add(rollout, held_bytes)
 
 
-def _bytes_of(rows: Tensor) -> Bytes:
-    as_bytes: Bytes = rows.view(torch.uint8).numpy()
-    return as_bytes
+def _states_of(rows: Tensor) -> States:
+    """[N, 1 + A] of [N, 1 + A, H]."""
+    as_bytes = rows.view(torch.uint8).numpy()
+    states: States = as_bytes.view(f"V{as_bytes.shape[-1]}")[..., 0]
+    return states

@@ -9,7 +9,7 @@ import torch
 from vllm.v1.core.sched.utils import check_stop
 from vllm.v1.request import RequestStatus
 
-from drafttrain.integrations.vllm.rows import Bytes, Rows
+from drafttrain.integrations.vllm.rows import Rows, States
 from drafttrain.rollouts.record import FeatureLayout, Rollout, prompt_group
 
 
@@ -65,7 +65,7 @@ class LiveRequest:
     def num_output_tokens(self) -> int:
         return len(self.output_token_ids)
 
-    def note_rows(self, start: int, rows: Bytes, policy_version: int) -> int:
+    def note_rows(self, start: int, rows: States, policy_version: int) -> int:
         """Rows of positions ``start`` on; those of an older policy are forgotten.
 
         Returns:
@@ -118,8 +118,8 @@ class LiveRequest:
             tokens=torch.from_numpy(np.array(self.tokens, dtype=np.int32)),
             prompt_length=self.prompt_length,
             captured=torch.from_numpy(captured),
-            last_hidden=torch.from_numpy(last).view(dtype),
-            aux_hidden=torch.from_numpy(aux).view(dtype) if layout.layer_ids else None,
+            last_hidden=_tensor(last, dtype),
+            aux_hidden=_tensor(aux, dtype) if layout.layer_ids else None,
             policy_version=self.policy_version,
             drafter_version=self.drafter_version,
             temperature=float(self.sampling_params.temperature),
@@ -129,3 +129,9 @@ class LiveRequest:
             accepted=self.accepted,
             rejected=torch.from_numpy(rejected),
         )
+
+
+def _tensor(states: States, dtype: torch.dtype) -> torch.Tensor:
+    """[..., H], viewing them."""
+    as_bytes = states.view(np.uint8).reshape(*states.shape, states.itemsize)
+    return torch.from_numpy(as_bytes).view(dtype)

@@ -7,14 +7,16 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
-Bytes = NDArray[np.uint8]
-"""[n, 1 + A, bytes of a state]: bytes, because numpy knows no bfloat16."""
+States = NDArray[np.void]
+"""[n, 1 + A], each element all bytes of one state. Numpy knows no bfloat16; and it lets go of
+Python's lock to copy 500 elements and more, which between two small copies costs the engine's
+thread more than it gives."""
 
-_Part = tuple[int, Bytes]
+_Part = tuple[int, States]
 
 
 class Rows:
-    """Rows by position: the last hidden state and the aux states, as bytes.
+    """Rows by position: the last hidden state and the aux states.
 
     A step's rows are only referred to at first: copying those of several steps at once takes far
     less time under Python's lock, for which the engine's thread would have to wait. Whoever owns
@@ -36,7 +38,7 @@ class Rows:
     def __bool__(self) -> bool:
         return bool(self._parts)
 
-    def note(self, start: int, rows: Bytes) -> None:
+    def note(self, start: int, rows: States) -> None:
         """Rows of positions ``start`` on; noting a position again replaces it."""
         first, end = self._window
         if start < first or start + len(rows) > end:
@@ -56,17 +58,17 @@ class Rows:
         self.held_bytes = self._owned = 0
         self._parts = []
 
-    def take(self, length: int) -> tuple[Bytes, Bytes, NDArray[np.bool_]]:
+    def take(self, length: int) -> tuple[States, States, NDArray[np.bool_]]:
         """All of them, for a request of ``length`` tokens; nothing is left here.
 
         Returns:
-            last [T, bytes], aux [T, A, bytes], captured [T]; what was not captured is zero.
+            last [T], aux [T, A], captured [T]; what was not captured is zero.
         """
         parts = self._parts[::-1]
         self.clear()
-        _, states, width = parts[0][1].shape
-        last = np.empty((length, width), dtype=np.uint8)
-        aux = np.empty((length, states - 1, width), dtype=np.uint8)
+        kind = parts[0][1]
+        last = np.empty(length, dtype=kind.dtype)
+        aux = np.empty((length, kind.shape[1] - 1), dtype=kind.dtype)
         captured = np.zeros(length, dtype=np.bool_)
         while parts:  # popped: a long request's rows should not be there twice
             start, rows = parts.pop()
@@ -74,7 +76,7 @@ class Rows:
             here = slice(start, start + len(rows))
             last[here], aux[here], captured[here] = rows[:, 0], rows[:, 1:], True
         missing = ~captured
-        last[missing] = aux[missing] = 0
+        last[missing] = aux[missing] = np.zeros((), dtype=kind.dtype)
         return last, aux, captured
 
 

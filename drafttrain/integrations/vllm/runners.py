@@ -45,7 +45,7 @@ class Computed:
     req_ids: list[str]
     scheduled: list[int]
     drafts: list[int] | None
-    starts: HostCopy
+    starts: HostCopy | list[int]
     states: list[Tensor]
     logits_of: Callable[[], tuple[Tensor, Tensor]]
 
@@ -89,20 +89,25 @@ class RunnerV1:
         scheduled, verification = state.scheduler_output, state.spec_decode_metadata
         count, req_ids = scheduled.total_num_scheduled_tokens, list(batch.req_ids)
         states = [state.hidden_states, *(state.aux_hidden_states or ())]
-        # Of the device: under asynchronous scheduling the host's take all drafts for accepted.
-        starts = self._runner.num_computed_tokens[: len(req_ids)].clone()
         return Computed(
             new_requests=scheduled.scheduled_new_reqs,
             req_ids=req_ids,
             scheduled=[scheduled.num_scheduled_tokens[req_id] for req_id in req_ids],
             drafts=None if verification is None else verification.num_draft_tokens,
-            starts=to_host(starts),
+            starts=self._starts(len(req_ids)),
             states=[tensor[:count] for tensor in states],
             logits_of=lambda: (state.sample_hidden_states[0], state.logits[0]),
         )
 
     def sampled(self, output: Any) -> Sampled:
         return sampled_v1(output)
+
+    def _starts(self, count: int) -> HostCopy | list[int]:
+        runner = self._runner
+        if runner.use_async_scheduling:  # the host's take all drafts for accepted
+            return to_host(runner.num_computed_tokens[:count].clone())
+        starts: list[int] = runner.input_batch.num_computed_tokens_cpu[:count].tolist()
+        return starts
 
 
 class RunnerV2:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -18,16 +18,16 @@ class RowBuffers:
     """Memory for the rows of steps, used again: on a CPU fresh memory costs more than the copy."""
 
     def __init__(self) -> None:
-        self._free: deque[Tensor] = deque(maxlen=32)
+        self._free: deque[Tensor] = deque(maxlen=48)
 
-    def stack(self, states: Sequence[Tensor]) -> HostCopy:
+    def stack(self, states: list[Tensor]) -> HostCopy:
         """[N, S, H] from S tensors [N, H] on the CPU, in a buffer that comes back when read."""
         count, hidden = states[0].shape
-        buffer = self._free.popleft() if self._free else states[0].new_empty(0, 0, 0)
+        buffer = self._free.popleft() if self._free else states[0].new_empty(0, 0)
         if len(buffer) < count:
-            buffer = states[0].new_empty(2 * count, len(states), hidden)
-        torch.stack(list(states), dim=1, out=buffer[:count])
-        return HostCopy(buffer[:count], release=lambda: self._free.append(buffer))
+            buffer = states[0].new_empty(2 * count, len(states) * hidden)
+        rows = torch.cat(states, dim=1, out=buffer[:count])
+        return HostCopy(rows.view(count, -1, hidden), release=lambda: self._free.append(buffer))
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,7 @@ class Step:
     req_ids: list[str]
     scheduled: list[int]
     drafts: list[int] | None
-    starts: HostCopy
+    starts: HostCopy | list[int]
     rows: HostCopy | None
     lost: bool
     policy_version: int
