@@ -26,7 +26,7 @@ from benchmarks.live_engine import K, bench, parser, print_result, say
 from tests.vllm.engines import generate, greedy, make_engine, prompts, status
 from tests.vllm.tiny_models import DEEP
 
-BATCH, REQUESTS = 16, 96
+BATCH, REQUESTS = 16, 32
 TOKENS = (8, 40)
 
 
@@ -78,7 +78,7 @@ def run(pairs: int) -> dict[str, Any]:
         measured = []
         for index in range(pairs):
             measured.append(pair(llm, index))
-            if (index + 1) % 5 == 0:
+            if (index + 1) % 20 == 0:
                 say(f"{index + 1} pairs")
         after = status(llm)
         wall = [on.wall / off.wall - 1 for on, off in measured]
@@ -99,7 +99,7 @@ def run(pairs: int) -> dict[str, Any]:
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--pairs", type=int, default=20)
+    arguments.add_argument("--pairs", type=int, default=60)
     options = arguments.parse_args()
     print_result(run(options.pairs), options.json)
 

@@ -109,6 +109,7 @@ def open_corpus(
         microbatch_tokens=config.microbatch_tokens,
         holdout_fraction=config.holdout_fraction,
         keep_bytes=0 if inputs.cache else config.feature_memory,
+        uses=config.uses_per_teaching,
         seed=config.training.seed,
     )
     tokens = sum(rollout.length for rollout in reading.rollouts)

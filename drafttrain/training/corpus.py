@@ -14,12 +14,14 @@ same step for one process and for many.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 
@@ -31,6 +33,9 @@ from drafttrain.rollouts.sources.samples import SavedRollout
 from drafttrain.training.teacher import Teacher
 
 Entry = Rollout | SavedRollout
+
+# Steps after which those before them come again, when steps are used several times.
+_BLOCK = 4
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class Corpus:
         microbatch_tokens: int,
         features: Callable[[Sequence[SavedRollout]], list[Rollout]] | None = None,
         keep_bytes: int = 0,
+        uses: int = 1,
         seed: int = 0,
     ) -> None:
         """Divide rollouts into microbatches of at most `microbatch_tokens` each.
@@ -77,11 +83,12 @@ class Corpus:
         Args:
             features: what computes those of rollouts saved without.
             keep_bytes: features that may stay in memory once they were computed.
+            uses: how often every step is taken, the next times soon after the first.
             seed: of the division.
         """
         self.layout, self.heads = layout, heads
-        self._features, self._keep_bytes = features, keep_bytes
-        self._kept: dict[int, list[Rollout]] = {}
+        self._features, self._uses = features, uses
+        self._keep_bytes = keep_bytes
         self.teaching_seconds = 0.0
         # One model, and it is asked from the loader's thread as well as for estimates.
         self._teaching = threading.Lock()
@@ -90,7 +97,7 @@ class Corpus:
 
     def divide(self, microbatch_tokens: int) -> None:
         """Divide the rollouts anew."""
-        self._kept.clear()
+        self._kept = _Kept(self._keep_bytes)
         start = 0
         sides = []
         for side in self._sides:
@@ -133,6 +140,7 @@ class Corpus:
         microbatch_tokens: int,
         holdout_fraction: float,
         keep_bytes: int,
+        uses: int = 1,
         seed: int = 0,
     ) -> Corpus:
         """Rollouts saved without features; the teacher computes them."""
@@ -146,6 +154,7 @@ class Corpus:
             microbatch_tokens=microbatch_tokens,
             features=teacher.features,
             keep_bytes=keep_bytes,
+            uses=uses,
             seed=seed,
         )
 
@@ -159,9 +168,7 @@ class Corpus:
         if self._features is None:
             return [entry for entry in microbatch.entries if isinstance(entry, Rollout)]
         with self._teaching:
-            if microbatch.index not in self._kept:
-                return self._compute(microbatch)
-            return self._kept[microbatch.index]
+            return self._kept.get(microbatch.index) or self._compute(microbatch)
 
     def _compute(self, microbatch: Microbatch) -> list[Rollout]:
         assert self._features is not None
@@ -169,10 +176,7 @@ class Corpus:
         saved = [entry for entry in microbatch.entries if isinstance(entry, SavedRollout)]
         rollouts = self._features(saved)
         self.teaching_seconds += time.perf_counter() - start
-        size = sum(map(_feature_bytes, rollouts))
-        if size <= self._keep_bytes:
-            self._keep_bytes -= size
-            self._kept[microbatch.index] = [_on_cpu(rollout) for rollout in rollouts]
+        self._kept.add(microbatch.index, rollouts)
         return rollouts
 
     def steps(
@@ -181,20 +185,19 @@ class Corpus:
         """This process's share of every step, without end, from step `first` on.
 
         A step is the next `microbatches` of a sequence of epochs, each of them all training
-        microbatches in an order of its own: what a step is depends on its number alone.
+        microbatches in an order of its own; or one of the last few steps again, when steps are used
+        several times. What a step is depends on its number alone.
         """
         number = len(self.training)
-        orders: dict[int, list[int]] = {}
-        position = first * microbatches
-        while True:
-            step = []
-            for at in range(position, position + microbatches):
-                epoch, place = divmod(at, number)
-                if epoch not in orders:
-                    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-                    orders = {epoch: torch.randperm(number, generator=generator).tolist()}
-                step.append(self.training[orders[epoch][place]])
-            position += microbatches
+
+        @lru_cache(maxsize=2)
+        def order(epoch: int) -> list[int]:
+            return _shuffled(number, seed * 1_000_003 + epoch)
+
+        for taken in itertools.count(first):
+            start = _new_step(taken, self._uses, seed) * microbatches
+            places = (divmod(at, number) for at in range(start, start + microbatches))
+            step = [self.training[order(epoch)[place]] for epoch, place in places]
             yield step[rank::count]
 
 
@@ -251,6 +254,59 @@ class Loader:
         torch.set_num_threads(self._threads)
 
 
+class _Kept:
+    """Features in memory: the first ones for good, and beside them the newest.
+
+    Half of the memory is for each: later epochs find the first, a step's next uses the newest.
+    """
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most = most_bytes // 2
+        self._first: dict[int, list[Rollout]] = {}
+        self._newest: dict[int, list[Rollout]] = {}
+        self._first_bytes = self._newest_bytes = 0
+
+    def get(self, index: int) -> list[Rollout] | None:
+        return self._first.get(index) or self._newest.get(index)
+
+    def add(self, index: int, rollouts: list[Rollout]) -> None:
+        size = _feature_bytes(rollouts)
+        if size > self._most:
+            return
+        kept = [_on_cpu(rollout) for rollout in rollouts]
+        if self._first_bytes + size <= self._most:
+            self._first[index] = kept
+            self._first_bytes += size
+            return
+        self._newest[index] = kept
+        self._newest_bytes += size
+        while self._newest_bytes > self._most:
+            oldest = self._newest.pop(next(iter(self._newest)))
+            self._newest_bytes -= _feature_bytes(oldest)
+
+
+def _new_step(taken: int, uses: int, seed: int) -> int:
+    """Which of the different steps is the one that is taken as number `taken`.
+
+    New ones come in blocks. Between those of a block stand the ones of the block before, again and
+    shuffled, so that a teacher always has one to work on ahead.
+    """
+    if uses == 1 or taken < _BLOCK:
+        return taken
+    block, place = divmod(taken - _BLOCK, uses * _BLOCK)
+    row, column = divmod(place, uses)
+    if column == 0:
+        return (block + 1) * _BLOCK + row
+    again = _shuffled(_BLOCK * (uses - 1), seed * 1_000_003 + block)
+    return block * _BLOCK + again[row * (uses - 1) + column - 1] % _BLOCK
+
+
+def _shuffled(count: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    shuffled: list[int] = torch.randperm(count, generator=generator).tolist()
+    return shuffled
+
+
 def _divide(entries: Sequence[Entry], tokens: int, seed: int) -> Iterator[list[Entry]]:
     """Groups of at most `tokens` tokens and one policy version, otherwise drawn by chance.
 
@@ -281,9 +337,9 @@ def _version(entry: Entry) -> int:
     return entry.policy_version if isinstance(entry, Rollout) else 0
 
 
-def _feature_bytes(rollout: Rollout) -> int:
-    aux = 0 if rollout.aux_hidden is None else rollout.aux_hidden.nbytes
-    return rollout.last_hidden.nbytes + aux
+def _feature_bytes(rollouts: Sequence[Rollout]) -> int:
+    features = [f for r in rollouts for f in (r.last_hidden, r.aux_hidden) if f is not None]
+    return sum(feature.nbytes for feature in features)
 
 
 def _on_cpu(rollout: Rollout) -> Rollout:
