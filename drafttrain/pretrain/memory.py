@@ -28,7 +28,7 @@ _HIDDEN_KEPT, _INTERMEDIATE_KEPT = 18, 4
 # Copies of the attention scores that exist at once.
 _SCORES_ALIVE = 3
 # Steps whose features exist at once: the one being trained on and those loaded ahead.
-_STEPS_LOADED = 3
+_STEPS_LOADED = 5
 
 
 @dataclass(frozen=True)

@@ -211,7 +211,7 @@ class Loader:
         waited_seconds: that the trainer stood still for data.
     """
 
-    def __init__(self, corpus: Corpus, steps: Iterator[list[Microbatch]], ahead: int = 2) -> None:
+    def __init__(self, corpus: Corpus, steps: Iterator[list[Microbatch]], ahead: int = 4) -> None:
         self._corpus, self._steps = corpus, steps
         self._threads = torch.get_num_threads()
         half = max(1, self._threads // 2)
