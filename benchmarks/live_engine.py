@@ -20,7 +20,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,29 +91,6 @@ def bench(size: Size = TINY, versions: int = 4) -> Iterator[Bench]:
                 acceptance=None,
             )
         yield Bench(folder, policy, registry)
-
-
-def give_a_core(server: int) -> None:
-    """Let the engine of a server have a core for itself, as it would have on a rollout machine.
-
-    The first goes to the thread that steps the engine; its other threads, the front end and this
-    process, which makes the load, share what is left. Does nothing on a single core.
-
-    Args:
-        server: process group of the server.
-    """
-    first, *rest = sorted(os.sched_getaffinity(0))
-    if not rest:
-        return
-    os.sched_setaffinity(0, rest)
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(ProcessLookupError, FileNotFoundError):  # it has ended meanwhile
-            if os.getpgid(int(process.name)) != server:
-                continue
-            for thread in (process / "task").iterdir():
-                os.sched_setaffinity(int(thread.name), rest)
-            if "EngineCore" in (process / "cmdline").read_text():
-                os.sched_setaffinity(int(process.name), {first})
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ stall_p99_steps
     99th percentile over (swap, request in flight) of the longest gap between two chunks around the
     swap's load, less the load itself, in median decode steps. 1 is an undisturbed request;
     ``undisturbed_p99_steps`` is the same figure at moments before the first swap, where other
-    requests' prefills and the machine's noise are all there is. The engine has a core for itself.
+    requests' prefills and the machine's noise are all there is.
 sampled_p_value
     two-sample chi-square test, at significance 0.01, of the drafted tokens of many short sampled
     continuations against those of an engine without speculation: the least p-value over prompts and
@@ -29,7 +29,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.live_engine import Bench, bench, give_a_core, parser, print_result, say
+from benchmarks.live_engine import Bench, bench, parser, print_result, say
 from benchmarks.load import Load, NextRequest, Stream
 from drafttrain.demo.statistics import two_sample_p_value
 from drafttrain.integrations.vllm.client import EngineClient
@@ -214,7 +214,6 @@ def run(swaps: int, samples: int) -> dict[str, Any]:
             arguments=("--max-num-seqs", "32"),
         ) as server:
             client = EngineClient(server.url)
-            give_a_core(server.process.pid)
             with Load(server.url, sources()) as load:
                 quiet = instants(QUIET_SECONDS)
                 done = swap_repeatedly(client, swaps, of.registry.versions())

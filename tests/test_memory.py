@@ -106,3 +106,25 @@ def test_the_largest_microbatch_that_fits_is_taken() -> None:
     assert fit_microbatch(plans, plans[2048].total + 1) == 2048
     with pytest.raises(ConfigError, match="do not hold even the smallest"):
         fit_microbatch(plans, plans[512].total - 1)
+
+
+KEPT = """
+import re
+from pathlib import Path
+import torch
+from drafttrain.training.devices import Devices
+
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+Devices()
+before = resident()
+torch.ones(1 << 26)
+print(resident() - before)
+"""
+
+
+def test_memory_that_a_step_gives_back_stays_with_the_process() -> None:
+    done = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 200 << 20  # of 256 MiB

@@ -119,6 +119,7 @@ def serving(policy: Path, speculation: dict[str, Any] | None) -> Iterator[str]:
         *("--max-model-len", "256", "--max-num-seqs", str(AT_ONCE)),
         *("--num-gpu-blocks-override", "200", "--no-enable-prefix-caching"),
         *("--additional-config", '{"drafttrain": {"engine": "example"}}'),
+        "--disable-uvicorn-access-log",
     ]
     if speculation is not None:
         command += ["--speculative-config", json.dumps(speculation)]
