@@ -140,6 +140,18 @@ def test_a_setting_that_is_none(folder: Path, tmp_path: Path, setting: str, name
     assert named in result.stderr.strip().splitlines()[-1]
 
 
+def test_an_engine_as_teacher_beside_what_it_cannot_do(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretrain = (
+        *("pretrain", "--target", folder / "policy", "--rollouts", folder / "spool"),
+        *("--drafter", folder / "toy", "--registry", tmp_path, "--teacher", "vllm"),
+    )  # fmt: skip
+    assert "--device-map" in refused(*pretrain, "--device-map", "auto")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--cache" in refused(*pretrain)
+
+
 def test_a_run_without_a_summary(tmp_path: Path) -> None:
     assert "summary.json" in refused("report", tmp_path)
 

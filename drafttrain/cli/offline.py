@@ -205,13 +205,6 @@ def _inputs(options: argparse.Namespace) -> Any:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from drafttrain.opening import Inputs
 
-    start_teacher = None
-    if options.teacher == "vllm":
-        if options.device_map is not None:
-            raise ConfigError("pretrain", "--device-map", "is for --teacher transformers")
-        from drafttrain.integrations.vllm.teacher import EngineTeacher
-
-        start_teacher = EngineTeacher
     return Inputs(
         target=options.target,
         rollouts=options.rollouts,
@@ -220,5 +213,16 @@ def _inputs(options: argparse.Namespace) -> Any:
         cache=options.cache,
         policy_dtype=options.policy_dtype,
         device_map=options.device_map,
-        start_teacher=start_teacher,
+        start_teacher=_engine_teacher(options) if options.teacher == "vllm" else None,
     )
+
+
+def _engine_teacher(options: argparse.Namespace) -> Any:
+    if options.device_map is not None:
+        raise ConfigError("drafttrain", "--device-map", "is for --teacher transformers")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        problem = "vllm is for one process; let it write a --cache first, and read that with many"
+        raise ConfigError("drafttrain", "--teacher", problem)
+    from drafttrain.integrations.vllm.teacher import EngineTeacher
+
+    return EngineTeacher

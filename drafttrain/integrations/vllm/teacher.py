@@ -27,6 +27,8 @@ from drafttrain.rollouts.spool import SpoolReader
 # On a CPU vLLM would fill all memory it may have.
 _CPU_KV_TOKENS = 1 << 16
 _BLOCK = 32
+# Tokens the engine must have room for: those of the first look and one more.
+_SHORTEST = 3
 
 
 class EngineTeacher:
@@ -72,7 +74,7 @@ class EngineTeacher:
             skip_tokenizer_init=True,
             enforce_eager=True,  # prefills of any length: nothing for a graph to repeat
             enable_prefix_caching=False,  # what is found there is not computed
-            max_model_len=longest,
+            max_model_len=max(longest, _SHORTEST),
             speculative_config=_extraction(layer_ids) if layer_ids else None,
             additional_config={"drafttrain": {"engine": "teacher", "spool": str(self._spool)}},
             disable_log_stats=True,
