@@ -180,7 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--policy", type=Path, help="a policy of the demo; trained when absent")
     parser.add_argument("--rollouts", type=int, default=2000, help="saved rollouts")
-    parser.add_argument("--steps", type=int, default=80, help="our optimizer steps")
+    parser.add_argument("--steps", type=int, default=120, help="our optimizer steps")
     parser.add_argument("--peer-epochs", type=int, default=3)
     parser.add_argument("--saturation", action="store_true", help="against ten times the steps")
     parser.add_argument("--json", action="store_true")
