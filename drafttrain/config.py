@@ -112,8 +112,8 @@ class PretrainConfig(Section):
     feature_memory: int = Field(4 << 30, ge=0)
     """Bytes of features kept in memory, so that later epochs need not compute them again."""
     uses_per_teaching: int = Field(3, ge=1)
-    """How often a step is trained on before long when a teacher has computed its features, so that
-    one slower than the step keeps up."""
+    """How often a step is trained on soon after a teacher has computed its features, so that one
+    slower than the step keeps up."""
 
     @property
     def microbatches_per_step(self) -> int:

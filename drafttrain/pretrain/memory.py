@@ -17,6 +17,7 @@ from drafttrain.errors import ConfigError
 from drafttrain.opening import readable
 from drafttrain.rollouts.record import FeatureLayout
 from drafttrain.rollouts.segment import DTYPES
+from drafttrain.training.loader import AHEAD
 from drafttrain.training.losses import LOGITS_AT_ONCE
 
 _FLOAT = 4
@@ -28,7 +29,7 @@ _HIDDEN_KEPT, _INTERMEDIATE_KEPT = 18, 4
 # Copies of the attention scores that exist at once.
 _SCORES_ALIVE = 3
 # Steps whose features exist at once: the one being trained on and those loaded ahead.
-_STEPS_LOADED = 5
+_STEPS_LOADED = 1 + AHEAD
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,9 @@ from drafttrain.errors import ConfigError, RolloutError
 from drafttrain.rollouts.record import Rollout
 from drafttrain.rollouts.replay import Replay
 from drafttrain.rollouts.sources.samples import SavedRollout
-from drafttrain.training.corpus import Corpus, Loader, Microbatch
+from drafttrain.training.corpus import Corpus, Microbatch
 from drafttrain.training.devices import Devices
+from drafttrain.training.loader import Loader
 from drafttrain.training.trainer import StepReport, Trainer
 
 

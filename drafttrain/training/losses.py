@@ -21,8 +21,8 @@ from drafttrain.training.objectives import OBJECTIVES
 
 # Draft logits that exist at once: fewer chunks mean fewer sums of the head's gradient.
 LOGITS_AT_ONCE = 1 << 26
-# Those worked on at once, in several float32 tensors of that size; on a CPU they fit its cache.
-_BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
+# Those worked on at once, in several float32 tensors of that size: on a CPU they fit its cache.
+_BLOCK_ELEMENTS, _BLOCK_ELEMENTS_CPU = 1 << 24, 1 << 18
 
 
 def _soft_cross_entropy(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -255,7 +255,8 @@ def _slopes_in_place(
     """
     wide = weights.dtype
     depths, rows, vocab = logits.shape
-    block = max(1, _BLOCK_ELEMENTS[logits.device.type] // (depths * vocab))
+    at_once = _BLOCK_ELEMENTS_CPU if logits.is_cpu else _BLOCK_ELEMENTS
+    block = max(1, at_once // (depths * vocab))
     total, overlaps = weights.new_zeros(()), []
     for start in range(0, rows, block):
         part = slice(start, start + block)

@@ -183,7 +183,8 @@ class Assembler:
             self._noted.append(step.rows)
             self._noted_bytes += step.rows.tensor.nbytes
             most = self._max_bytes * _SHARE_TOGETHER
-            if len(self._noted) >= _STEPS_TOGETHER or self._noted_bytes > most:
+            enough = len(self._noted) >= _STEPS_TOGETHER or self._noted_bytes > most
+            if enough or not self._live:
                 self._own_rows()
 
     def _own_rows(self) -> None:
