@@ -90,15 +90,18 @@ def evaluate(
     """
     shape = PolicyShape.from_folder(inputs.target)
     config = PretrainConfig(holdout_fraction=1.0, microbatch_tokens=_MICROBATCH_TOKENS)
-    corpora: dict[tuple[int, ...], Corpus] = {}
+    corpora: dict[tuple[tuple[int, ...], bool], Corpus] = {}
     results = []
     for folder in drafters:
         drafter = load_drafter(folder, shape)
-        if drafter.layer_ids not in corpora:
-            opened = open_corpus(inputs, drafter.layer_ids, config, say)
-            corpora[drafter.layer_ids] = opened.corpus
-        drafter.check_layout(corpora[drafter.layer_ids].layout)
-        results.append(_evaluate(folder, drafter, corpora[drafter.layer_ids], k, method))
+        reads = drafter.layer_ids, drafter.reads_normed
+        if reads not in corpora:
+            opened = open_corpus(
+                inputs, drafter.layer_ids, config, say, normed=drafter.reads_normed
+            )
+            corpora[reads] = opened.corpus
+        drafter.check_layout(corpora[reads].layout)
+        results.append(_evaluate(folder, drafter, corpora[reads], k, method))
     return results
 
 

@@ -12,8 +12,10 @@ import pytest
 import torch
 from offline_files import write_drafter, write_policy, write_rollouts
 
+from benchmarks.subjects import make_policy
 from drafttrain.control.acceptance import AcceptanceEstimate
 from drafttrain.drafters.eagle3 import Eagle3Drafter
+from drafttrain.drafters.mtp import MTPDrafter
 from drafttrain.drafters.policy import PolicyShape
 from drafttrain.errors import RolloutError
 from drafttrain.evaluation import evaluate, print_table, summaries
@@ -49,6 +51,15 @@ def test_the_parts_make_up_the_whole(files: Path) -> None:
     assert low <= row["acceptance_length"] <= high
     (by_group,) = summaries(results(files, "drafter"), "group")
     assert len(by_group["by_group"]) > 20
+
+
+def test_a_head_that_reads_the_state_before_the_final_norm(files: Path, tmp_path: Path) -> None:
+    policy = make_policy(tmp_path / "policy", "mimo")
+    shape = PolicyShape.from_folder(policy)
+    MTPDrafter.from_policy(policy, shape).export(tmp_path / "head")
+    inputs = Inputs(policy, [files / "rollouts.jsonl"])
+    (row,) = summaries(evaluate(inputs, [tmp_path / "head"], k=2, method="probabilistic"))
+    assert 1.0 < row["acceptance_length"] <= 3.0
 
 
 def test_drafters_are_compared_on_the_same_rollouts(files: Path) -> None:

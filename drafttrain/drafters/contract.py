@@ -39,12 +39,15 @@ class Drafter(nn.Module, ABC):
     Attributes:
         kind: the registry's name for this architecture.
         layer_ids: aux layers of the policy it reads, sorted; () when none.
+        reads_normed: whether the last hidden state it reads is the one after the policy's final
+            norm; where it reads none, either will do.
         same_at_every_depth: whether its draft for a token is the same at whatever depth it is
             drafted, so that one depth is all there is to train.
     """
 
     kind: ClassVar[Kind]
     layer_ids: tuple[int, ...]
+    reads_normed: bool = True
     same_at_every_depth: ClassVar[bool] = False
 
     @property

@@ -121,7 +121,9 @@ def _open(command: PretrainCommand, drafter: Drafter, say: Say, devices: Devices
     """Open the corpus; with a cache the first process writes it before the others read it."""
     if devices.rank > 0:
         devices.wait()
-    opened = open_corpus(command.inputs, drafter.layer_ids, command.config, say)
+    opened = open_corpus(
+        command.inputs, drafter.layer_ids, command.config, say, normed=drafter.reads_normed
+    )
     if devices.rank == 0:
         devices.wait()
     return opened
