@@ -8,7 +8,7 @@ from objective_reference import by_definition
 from torch import Tensor
 
 from drafttrain.drafters.batch import Batch
-from drafttrain.training.losses import draft_loss
+from drafttrain.training.losses import draft_loss, values_of
 from drafttrain.training.objectives import OBJECTIVES, ObjectiveName
 
 H, V, DEPTHS = 8, 17, 3
@@ -139,3 +139,15 @@ def test_depth_decay_weighs_the_depths() -> None:
     only_first = draft_loss(hidden, head, batch, head, depth_decay=1e-9)
     torch.testing.assert_close(only_first.loss, per_depth[0].loss, atol=1e-6, rtol=1e-6)
     assert per_depth[2].loss != per_depth[0].loss
+
+
+def test_lk_where_some_rows_share_no_mass() -> None:
+    log_p = torch.tensor([[300.0, 0.0, -300.0], [1.0, 0.0, 2.0]]).log_softmax(-1)
+    log_q = torch.tensor([[-300.0, -20.0, 300.0], [0.0, 0.5, 1.0]]).log_softmax(-1)
+    for rows in (slice(0, 1), slice(1, 2), slice(0, 2)):
+        value, overlap, slope = values_of("lk")(log_p[rows], log_q[rows])
+        exact = OBJECTIVES["lk"]
+        torch.testing.assert_close(value, exact.value(log_p[rows], log_q[rows]))
+        torch.testing.assert_close(slope, exact.gradient(log_p[rows], log_q[rows]))
+        shared = torch.minimum(log_p[rows].exp(), log_q[rows].exp()).sum(-1)
+        torch.testing.assert_close(overlap, shared)

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from drafttrain.drafters.batch import Batch
 
 # Slots squared that are attended to together, over all rollouts of a group; bounds the scores.
-SQUARE_AT_ONCE = 1 << 17
+SQUARE_AT_ONCE = 1 << 18
 # Share of a group's scores that may be padding.
 _PADDING = 0.25
 
@@ -75,10 +76,10 @@ class _Group:
         packed[placed.rows] = rows if placed.places is None else rows[placed.places]
 
     def blocks(self) -> Iterator[tuple[int, int]]:
-        """Queries [start, stop) at a time."""
+        """Queries [start, stop) at a time; the last first, which see the most keys."""
         step = max(1, SQUARE_AT_ONCE // (self.rollouts * self.size))
-        for start in range(0, self.size, step):
-            yield start, min(start + step, self.size)
+        for stop in range(self.size, 0, -step):
+            yield max(stop - step, 0), stop
 
 
 class AttentionPlan:
@@ -229,7 +230,7 @@ def _causal_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`_causal`, whose weights are ``exp(scores - lse)``.
 
-    Batched products and a few passes over the scores are several times faster on a CPU than the
+    Batched products and few passes over the scores are several times faster on a CPU than the
     flash kernel's own backward.
 
     Args:
@@ -237,19 +238,35 @@ def _causal_backward(
         lse, delta: [rollouts, heads, size, 1], wide.
     """
     q, k, v, g, lse, delta = (t.flatten(0, 1) for t in (query, key, value, grad, lse, delta))
+    # The products subtract: no pass of its own, and in bfloat16 only small differences are rounded.
+    scores_of, slopes_of = _with_term(q, -lse), _with_term(g, -delta)
+    terms = scores_of.shape[-1] - q.shape[-1]
+    keys, values = (F.pad(t, (0, terms), value=1.0) for t in (k, v))
     grad_q = torch.empty_like(q)
-    grad_k, grad_v = torch.zeros_like(k, dtype=lse.dtype), torch.zeros_like(v, dtype=lse.dtype)
     for start, stop in group.blocks():
         block = slice(start, stop)
-        weights = torch.bmm(q[:, block], k[:, :stop].mT).to(lse.dtype)
+        # Keys in rows, [rollouts * heads, stop, block]: two of three products need no transpose.
+        weights = torch.bmm(keys[:, :stop], scores_of[:, block].mT).exp_()
         # Slots after the round's own: weights of zero, whatever their score was.
-        weights = weights.sub_(lse[:, block]).exp_().tril_(start)
-        slopes = torch.bmm(g[:, block], v[:, :stop].mT).to(lse.dtype)
-        slopes = slopes.sub_(delta[:, block]).mul_(weights).to(q.dtype)
-        grad_v[:, :stop] += torch.bmm(weights.to(g.dtype).mT, g[:, block])
-        grad_k[:, :stop] += torch.bmm(slopes.mT, q[:, block])
-        grad_q[:, block] = torch.bmm(slopes, k[:, :stop])
+        weights[:, start:].triu_()
+        slopes = torch.bmm(values[:, :stop], slopes_of[:, block].mT).mul_(weights)
+        grad_q[:, block] = torch.bmm(slopes.mT, k[:, :stop])
+        of_keys, of_values = torch.bmm(slopes, q[:, block]), torch.bmm(weights, g[:, block])
+        if stop == group.size:
+            sums = lse.dtype if start > 0 else q.dtype
+            grad_k, grad_v = of_keys.to(sums), of_values.to(sums)
+        else:
+            grad_k[:, :stop] += of_keys
+            grad_v[:, :stop] += of_values
     return tuple(t.view_as(query) for t in (grad_q, grad_k, grad_v))  # type: ignore[return-value]
+
+
+def _with_term(x: Tensor, term: Tensor) -> Tensor:
+    """`x`, [.., d], with columns that add up to `term`, [.., 1], as exactly as its dtype allows."""
+    high = term.to(x.dtype)
+    if high.dtype == term.dtype:
+        return torch.cat([x, high], -1)
+    return torch.cat([x, high, (term - high).to(x.dtype)], -1)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

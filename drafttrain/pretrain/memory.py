@@ -25,9 +25,9 @@ _FLOAT = 4
 _TRAINER_COPIES = 5
 # Float32 numbers that one depth of a drafter's layer keeps for backward, for each token: in units
 # of the hidden size (norms, projections, residuals) and of the intermediate size (gated MLP).
-_HIDDEN_KEPT, _INTERMEDIATE_KEPT = 18, 4
+_HIDDEN_KEPT, _INTERMEDIATE_KEPT = 18, 5
 # Copies of the attention scores that exist at once.
-_SCORES_ALIVE = 3
+_SCORES_ALIVE = 2
 # Steps whose features exist at once: the one being trained on and those loaded ahead.
 _STEPS_LOADED = 1 + AHEAD
 

@@ -23,6 +23,8 @@ from drafttrain.training.objectives import OBJECTIVES
 LOGITS_AT_ONCE = 1 << 26
 # Those worked on at once, in several float32 tensors of that size: on a CPU they fit its cache.
 _BLOCK_ELEMENTS, _BLOCK_ELEMENTS_CPU = 1 << 24, 1 << 18
+# Below it sum(min(p, q)) is too inexact in float32 to divide by.
+_LEAST_OVERLAP = 1e-30
 
 
 def _soft_cross_entropy(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,16 +42,12 @@ def _tv(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _lk(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    # By the largest: finite, with a useful gradient, where p and q share no mass in float32.
-    shared = torch.minimum(log_p, log_q)
-    largest = shared.amax(-1, keepdim=True)
-    shared.sub_(largest).exp_()
-    total = shared.sum(-1, keepdim=True)
-    log_overlap = (largest + total.log())[..., 0]
-    scarce = shared.mul_(_less(log_q, log_p))
-    slope = log_q.exp().mul_(scarce.sum(-1, keepdim=True) / total)
-    slope.addcmul_(scarce, total.reciprocal(), value=-1.0)
-    return -log_overlap, log_overlap.exp(), slope
+    _, overlap, slope = _tv(log_p, log_q)
+    if bool((overlap > _LEAST_OVERLAP).all()):
+        return -overlap.log(), overlap, slope.div_(overlap[..., None])
+    # In log space: finite, with a useful gradient, where p and q share no mass in float32.
+    far = OBJECTIVES["lk"]
+    return far.value(log_p, log_q), overlap, far.gradient(log_p, log_q)
 
 
 def _less(a: Tensor, b: Tensor) -> Tensor:
@@ -212,16 +210,16 @@ class _ChunkedLoss(torch.autograd.Function):
             part = slice(start, start + chunk)
             row = rows.row[part]
             # Both sides' logits are divided by the temperature: cheapest in what they come from.
-            sharpness = batch.temperatures[batch.rollout_of[row], None].reciprocal()
-            policy_logits = (batch.last_hidden[row] * sharpness).to(dtype) @ teacher.T
-            drafting = (hidden[depth, rows.drafted_by[:, part]] * sharpness).to(dtype)
+            sharpness = _sharpness(batch, row)
+            policy_logits = _times(batch.last_hidden[row], sharpness).to(dtype) @ teacher.T
+            drafting = _times(hidden[depth, rows.drafted_by[:, part]], sharpness).to(dtype)
             logits = drafting @ head.T
             value, shared = _slopes_in_place(
                 policy_logits, logits, weights[:, part], objective, draft_ids
             )
             total += value
             overlap += (shared * rows.drafted[:, part]).sum(1)
-            grad_rows[:, part] = (logits @ head) * sharpness
+            grad_rows[:, part] = _times(logits @ head, sharpness)
             if draft_head.requires_grad:
                 grad_head += logits.flatten(0, 1).T @ drafting.flatten(0, 1)
         ctx.save_for_backward(rows.by_round(grad_rows, hidden.shape[1]), grad_head)
@@ -232,6 +230,16 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_head = ctx.saved_tensors
         return grad_hidden * grads[0].to(grad_hidden.dtype), grad_head * grads[0], *[None] * 7
+
+
+def _sharpness(batch: Batch, row: Tensor) -> Tensor | None:
+    """1 / temperature of rows [n], [n, 1]; None when it is 1 everywhere, as in most jobs."""
+    temperatures = batch.temperatures[batch.rollout_of[row], None]
+    return None if bool((temperatures == 1).all()) else temperatures.reciprocal()
+
+
+def _times(states: Tensor, factor: Tensor | None) -> Tensor:
+    return states if factor is None else states * factor
 
 
 def _slopes_in_place(
