@@ -1,8 +1,8 @@
 """Swaps on a real server that streams to several clients: is any request lost, stalled or changed?
 
-A ``vllm serve`` process drafts probabilistically while ``STREAMS`` clients keep a streaming request
-in flight each, some greedy, some sampled at temperature 0.8. Registry versions that draft well and
-at random are swapped in one after the other.
+A ``vllm serve`` process, its policy of the demo's size, drafts probabilistically while clients keep a
+streaming request in flight each, some greedy, some sampled at temperature 0.8. Registry versions that
+draft well and at random are swapped in one after the other.
 
 lost, aborted, changed_outputs
     requests without a whole answer; with finish reason "abort"; greedy ones whose tokens are not
@@ -35,6 +35,7 @@ from drafttrain.demo.statistics import two_sample_p_value
 from drafttrain.integrations.vllm.client import EngineClient
 from tests.vllm.engines import Prompt, generate, greedy, make_engine, prompts, sampled
 from tests.vllm.servers import serving
+from tests.vllm.tiny_models import DEEP
 
 GREEDY_STREAMS, SAMPLED_STREAMS = 8, 2
 GREEDY_TOKENS, SAMPLED_TOKENS = 48, 6
@@ -202,7 +203,7 @@ def judge(
 
 
 def run(swaps: int, samples: int) -> dict[str, Any]:
-    with bench() as of:
+    with bench(DEEP) as of:
         say("engine without speculation")
         wanted = expected(of, samples)
         say("server")

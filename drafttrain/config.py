@@ -28,9 +28,9 @@ class Section(BaseModel):
 class TrainingConfig(Section):
     """How the drafter learns."""
 
-    objective: ObjectiveName = "lk"
-    """``lk`` and ``tv`` fit probabilistic drafts, ``soft_cross_entropy`` greedy ones; what each of
-    them is stands in ``training/objectives.py``."""
+    objective: ObjectiveName = "soft_cross_entropy"
+    """What each of them is stands in ``training/objectives.py``; docs/drafters.md compares them in
+    an engine."""
     draft_tokens: int = Field(3, ge=1, le=16)
     """Depths of training-time test, and k of the acceptance estimate. Set it to the engine's k."""
     depth_decay: float = Field(1.0, gt=0, le=1)

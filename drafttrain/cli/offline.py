@@ -162,8 +162,6 @@ def _pretrain_config(options: argparse.Namespace) -> Any:
         return {name: value for name, value in values.items() if value is not None}
 
     training = {"draft_tokens": options.k} | given("tokens_per_step", "learning_rate", "seed")
-    if options.draft_sample_method == "greedy":
-        training["objective"] = "soft_cross_entropy"
     document: dict[str, Any] = {"training": training} | given(
         "steps", "microbatch_tokens", "evaluate_every", "patience", "draft_sample_method"
     )

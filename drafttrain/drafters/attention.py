@@ -163,22 +163,23 @@ class _Attend(torch.autograd.Function):
             group_out, group_lse = _causal(q, k, v)
             group.unpad(group_out, group.rounds, out)
             group.unpad(group_lse[..., None], group.rounds, lse)
+        own = []  # weights of what the rounds drafted themselves, [R, heads, 1] each
         if depths > 1:
-            own = torch.cat([_dot(scaled, key) for key in keys[1:]], -1)
-            context_lse, lse = lse, torch.cat([lse, own], -1).logsumexp(-1, keepdim=True)
-            own = (own - lse).exp_().to(out.dtype)
-            out *= (context_lse - lse).exp_().to(out.dtype)
-            for depth, value in enumerate(values[1:]):
-                out.addcmul_(own[..., depth : depth + 1], value)
-        ctx.plan = plan
-        ctx.save_for_backward(scaled, out, lse, *keys_values)
+            scores = torch.stack([lse, *(_dot(scaled, key) for key in keys[1:])])
+            lse = scores.logsumexp(0)
+            of_context, *own = scores.sub_(lse).exp_().to(out.dtype)
+            out *= of_context
+            for weight, value in zip(own, values[1:], strict=True):
+                out.addcmul_(weight, value)
+        ctx.plan, ctx.depths = plan, depths
+        ctx.save_for_backward(scaled, out, lse, *keys_values, *own)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        scaled, out, lse, *keys_values = ctx.saved_tensors
-        depths = len(keys_values) // 2
-        keys, values = keys_values[:depths], keys_values[depths:]
+        scaled, out, lse, *kept = ctx.saved_tensors
+        depths = ctx.depths
+        keys, values, own = kept[:depths], kept[depths : 2 * depths], kept[2 * depths :]
         grad = grads[0].contiguous()
         delta = _dot(grad, out)
         grad_query = torch.zeros_like(scaled)
@@ -191,10 +192,9 @@ class _Attend(torch.autograd.Function):
             group.unpad(gq, group.rounds, grad_query)
             group.unpad(gk, group.slots, grad_keys[0])
             group.unpad(gv, group.slots, grad_values[0])
-        for key, value in zip(keys[1:], values[1:], strict=True):
-            weight = (_dot(scaled, key) - lse).exp_()
-            grad_score = (_dot(grad, value) - delta).mul_(weight).to(grad.dtype)
-            grad_values.append(grad * weight.to(grad.dtype))
+        for key, value, weight in zip(keys[1:], values[1:], own, strict=True):
+            grad_score = (_dot(grad, value) - delta).to(grad.dtype).mul_(weight)
+            grad_values.append(grad * weight)
             grad_keys.append(scaled * grad_score)
             grad_query.addcmul_(grad_score, key)
         grad_query *= 1.0 / math.sqrt(scaled.shape[-1])

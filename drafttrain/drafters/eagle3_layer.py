@@ -168,6 +168,7 @@ class UnrolledLayer:
             of_key = attention.k_norm.weight.expand(kv_heads, -1)
             weights = torch.cat([of_query, of_key]).to(turned.dtype)
             turned = unit_rms(turned, self.eps) * weights
+        query: Tensor
         query, key = rotate(turned, *rotation).split([heads, kv_heads], 1)
         if heads != kv_heads:
             key, value = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (key, value))

@@ -5,7 +5,7 @@ For the policy's distribution p and the draft's q = softmax(z) there:
 ==================  ============================  ==============================================
 objective           value                         fits
 ==================  ============================  ==============================================
-soft_cross_entropy  -sum(p log q)                 greedy drafts, and every cold start
+soft_cross_entropy  -sum(p log q)                 the default: fast from a cold start
 kl                  sum(p log(p / q))             the same gradient; its value says how far to go
 reverse_kl          sum(q log(q / p))             seeks a mode of p rather than its whole mass
 jsd                 (KL(p, m) + KL(q, m)) / 2     between the two; m = (p + q) / 2; bounded
