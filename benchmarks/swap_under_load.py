@@ -9,9 +9,9 @@ lost, aborted, changed_outputs
     those of an engine without speculation.
 stall_p99_steps
     99th percentile over (swap, request in flight) of the longest gap between two chunks around the
-    swap's load, less the load itself, in median decode steps. 1 is an undisturbed request;
-    ``undisturbed_p99_steps`` is the same figure at moments before the first swap, where other
-    requests' prefills and the machine's noise are all there is.
+    swap's load, less the load itself and the one step that every chunk takes, in median decode
+    steps; ``undisturbed_p99_steps`` is the same figure at moments before the first swap, where
+    other requests' prefills and the machine's noise are all there is.
 sampled_p_value
     two-sample chi-square test, at significance 0.01, of the drafted tokens of many short sampled
     continuations against those of an engine without speculation: the least p-value over prompts and
@@ -135,7 +135,8 @@ def median_step(streams: list[Stream], swaps: list[Swap]) -> float:
 
 
 def stalls(streams: list[Stream], swaps: list[Swap], step: float) -> list[float]:
-    """For every swap and request in flight across it: the longest gap less the load, in steps."""
+    """For every swap and request in flight across it: the longest gap, in steps, less the load and
+    the request's own step."""
     found = []
     for swap in swaps:
         loading = swap.answered - swap.load_seconds
@@ -146,7 +147,7 @@ def stalls(streams: list[Stream], swaps: list[Swap], step: float) -> list[float]
             if first > 0 and last < len(arrivals):
                 around = itertools.pairwise(arrivals[first - 1 : last + 1])
                 gap = max(right - left for left, right in around)
-                found.append((gap - swap.load_seconds) / step)
+                found.append((gap - swap.load_seconds) / step - 1)
     return found
 
 
