@@ -1,8 +1,8 @@
 """Swaps on a real server that streams to several clients: is any request lost, stalled or changed?
 
-A ``vllm serve`` process, its policy of the demo's size, drafts probabilistically while clients keep a
-streaming request in flight each, some greedy, some sampled at temperature 0.8. Registry versions that
-draft well and at random are swapped in one after the other.
+A ``vllm serve`` process, its policy of the demo's size, drafts probabilistically while clients keep
+a streaming request in flight each, some greedy, some sampled at temperature 0.8. Registry versions
+that draft well and at random are swapped in one after the other.
 
 lost, aborted, changed_outputs
     requests without a whole answer; with finish reason "abort"; greedy ones whose tokens are not
