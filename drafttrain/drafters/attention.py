@@ -61,14 +61,13 @@ class _Group:
     rounds: _Placed
 
     def pad(self, packed: Tensor, placed: _Placed) -> Tensor:
-        """[N, heads, d] to [rollouts, heads, size, d]; empty places are zero."""
+        """[N, heads, d] to [rollouts, heads, size, d], strided; empty places are zero."""
         rows = packed[placed.rows]
         if placed.places is not None:
             block = rows.new_zeros(self.rollouts * self.size, *rows.shape[1:])
             block[placed.places] = rows
             rows = block
-        by_rollout = rows.view(self.rollouts, self.size, *rows.shape[1:])
-        return by_rollout.transpose(1, 2).contiguous()
+        return rows.view(self.rollouts, self.size, *rows.shape[1:]).transpose(1, 2)
 
     def unpad(self, padded: Tensor, placed: _Placed, packed: Tensor) -> None:
         """Write [rollouts, heads, size, d] back to its rows of [N, heads, d]."""

@@ -92,7 +92,8 @@ class DraftRows:
         row: int64 [N], indices into the batch's tokens.
         drafted_by: int64 [D, N], index of the round; 0 where no round drafted.
         drafted: bool [D, N].
-        count: of the rows; those behind are padding (:func:`pad_rows`), drafted by no round.
+        count: of the rows; those behind, one at least, are padding (:func:`pad_rows`), drafted by
+            no round.
     """
 
     row: Tensor
@@ -114,12 +115,24 @@ class DraftRows:
         drafted[:, count:] = False
         return cls(row, drafted_by.clamp_min(0), drafted, count)
 
+    def of_round(self, hidden: Tensor, part: slice) -> Tensor:
+        """[D, R, H] of rounds to [D, n, H] of the rows of `part` that they drafted."""
+        depths, rounds, width = hidden.shape
+        first = torch.arange(0, depths * rounds, rounds, device=hidden.device)[:, None]
+        rows = (self.drafted_by[:, part] + first).flatten()
+        return hidden.reshape(-1, width).index_select(0, rows).view(depths, -1, width)
+
     def by_round(self, per_row: Tensor, rounds: int) -> Tensor:
-        """[D, N, H] of rows to [D, R, H] of the rounds that drafted them; zero where none did."""
-        out = per_row.new_zeros(len(per_row), rounds, per_row.shape[-1])
-        for depth, drafted in enumerate(self.drafted):
-            out[depth, self.drafted_by[depth, drafted]] = per_row[depth, drafted]
-        return out
+        """[D, N, H] of rows to [D, R, H] of the rounds that drafted them.
+
+        A round that drafted none takes what the last row has, which is padding.
+        """
+        depths, rows, width = per_row.shape
+        row_of = self.drafted_by.new_full((depths, rounds), rows - 1)
+        depth, row = self.drafted.nonzero(as_tuple=True)
+        row_of[depth, self.drafted_by[depth, row]] = row
+        row_of += torch.arange(0, depths * rows, rows, device=row_of.device)[:, None]
+        return per_row.reshape(-1, width).index_select(0, row_of.flatten()).view(depths, -1, width)
 
 
 @dataclass(frozen=True)
@@ -205,14 +218,13 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_head = torch.zeros_like(draft_head)
         total = draft_head.new_zeros(())
         overlap = draft_head.new_zeros(len(hidden))
-        depth = torch.arange(len(hidden), device=hidden.device)[:, None]
         for start in range(0, len(rows.row), chunk):
             part = slice(start, start + chunk)
             row = rows.row[part]
             # Both sides' logits are divided by the temperature: cheapest in what they come from.
             sharpness = _sharpness(batch, row)
             policy_logits = _times(batch.last_hidden[row], sharpness).to(dtype) @ teacher.T
-            drafting = _times(hidden[depth, rows.drafted_by[:, part]], sharpness).to(dtype)
+            drafting = _times(rows.of_round(hidden, part), sharpness).to(dtype)
             logits = drafting @ head.T
             value, shared = _slopes_in_place(
                 policy_logits, logits, weights[:, part], objective, draft_ids
