@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import making
@@ -166,6 +167,14 @@ def test_training_raises_acceptance(kind: str) -> None:
         trainer.step(making.rollouts(POLICY, 6, seed=seed), LAYOUT, heads)
     after = estimate_acceptance(drafter, held_out, LAYOUT, heads, k=3).acceptance_length
     assert after > before + 0.3
+
+
+@kinds
+def test_completions_of_one_token_have_nothing_to_train_on(kind: str) -> None:
+    rollouts = [replace(r, prompt_length=r.length - 1) for r in making.rollouts(POLICY, 3)]
+    trainer = Trainer(new_drafter(kind), TrainingConfig(draft_tokens=3))
+    report = trainer.step(rollouts, LAYOUT, {0: making.policy_head(POLICY)})
+    assert (report.loss, report.acceptance, report.grad_norm) == (0.0, [0.0] * 3, 0.0)
 
 
 @kinds

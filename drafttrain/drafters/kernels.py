@@ -92,17 +92,17 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
-        activated = F.silu(gate)
-        ctx.save_for_backward(gate_up, activated)
-        return activated * up
+        silu = F.silu(gate)
+        ctx.save_for_backward(gate_up, silu)
+        return silu * up
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        gate_up, activated = ctx.saved_tensors
+        gate_up, silu = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
         out = torch.empty_like(gate_up)
         grad_gate, grad_up = out.chunk(2, dim=-1)
-        torch.mul(activated, grads[0], out=grad_up)
+        torch.mul(silu, grads[0], out=grad_up)
         torch.ops.aten.silu_backward.grad_input(grads[0] * up, gate, grad_input=grad_gate)
         return out
 

@@ -118,8 +118,8 @@ class DraftRows:
     def of_round(self, hidden: Tensor, part: slice) -> Tensor:
         """[D, R, H] of rounds to [D, n, H] of the rows of `part` that they drafted."""
         depths, rounds, width = hidden.shape
-        first = torch.arange(0, depths * rounds, rounds, device=hidden.device)[:, None]
-        rows = (self.drafted_by[:, part] + first).flatten()
+        first = torch.arange(0, depths * rounds, rounds, device=hidden.device)
+        rows = (self.drafted_by[:, part] + first[:, None]).flatten()
         return hidden.reshape(-1, width).index_select(0, rows).view(depths, -1, width)
 
     def by_round(self, per_row: Tensor, rounds: int) -> Tensor:
@@ -131,7 +131,8 @@ class DraftRows:
         row_of = self.drafted_by.new_full((depths, rounds), rows - 1)
         depth, row = self.drafted.nonzero(as_tuple=True)
         row_of[depth, self.drafted_by[depth, row]] = row
-        row_of += torch.arange(0, depths * rows, rows, device=row_of.device)[:, None]
+        first = torch.arange(0, depths * rows, rows, device=row_of.device)
+        row_of += first[:, None]
         return per_row.reshape(-1, width).index_select(0, row_of.flatten()).view(depths, -1, width)
 
 
@@ -165,7 +166,7 @@ def draft_loss(
     """Mean objective over all drafted rows and depths.
 
     Args:
-        hidden: [D, R, H_drafter] from :meth:`Drafter.unroll`.
+        hidden: [D, R, H_drafter] from :meth:`Drafter.unroll`; one round at least.
         draft_head: [V, H_drafter], or [Vd, H_drafter]; gets a gradient if it requires one.
         batch: with ``last_hidden`` after the policy's final norm.
         policy_head: [V, H], frozen.

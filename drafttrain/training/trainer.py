@@ -191,6 +191,8 @@ class Trainer:
         """Adds gradients times `weight`; returns summed loss, mean acceptance and rows."""
         device = self._devices.device
         batch = self._with_noise(make_batch(rollouts, layout, head).to(device))
+        if not len(batch.rounds) and not self._devices.sharded:  # completions of one token
+            return 0.0, torch.zeros(self.config.draft_tokens), 0
         policy_head = head.lm_head.to(device)
         bfloat16 = self.config.precision == "bfloat16"
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
