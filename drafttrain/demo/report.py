@@ -144,7 +144,7 @@ def plot(summary: dict[str, Any], path: Path) -> None:
         for step in summary["totals"]["swap_steps"]:
             axis.axvline(step, color="tab:blue", linestyle=":", linewidth=0.8, alpha=0.6)
         axis.grid(alpha=0.25)
-        axis.legend(loc="best", fontsize=8)
+        axis.legend(loc="lower left", fontsize=8)
     top.set_ylabel("acceptance length")
     bottom.set_ylabel("rollout tokens/s")
     bottom.set_ylim(bottom=0)
