@@ -219,20 +219,20 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_head = torch.zeros_like(draft_head)
         total = draft_head.new_zeros(())
         overlap = draft_head.new_zeros(len(hidden))
+        # Both sides' logits are divided by the temperature: cheapest in what they come from.
+        sharpness = _sharpness(batch, rows.row)
         for start in range(0, len(rows.row), chunk):
             part = slice(start, start + chunk)
-            row = rows.row[part]
-            # Both sides' logits are divided by the temperature: cheapest in what they come from.
-            sharpness = _sharpness(batch, row)
-            policy_logits = _times(batch.last_hidden[row], sharpness).to(dtype) @ teacher.T
-            drafting = _times(rows.of_round(hidden, part), sharpness).to(dtype)
+            policy_states = batch.last_hidden[rows.row[part]]
+            policy_logits = _times(policy_states, sharpness, part).to(dtype) @ teacher.T
+            drafting = _times(rows.of_round(hidden, part), sharpness, part).to(dtype)
             logits = drafting @ head.T
             value, shared = _slopes_in_place(
                 policy_logits, logits, weights[:, part], objective, draft_ids
             )
             total += value
             overlap += (shared * rows.drafted[:, part]).sum(1)
-            grad_rows[:, part] = _times(logits @ head, sharpness)
+            grad_rows[:, part] = _times(logits @ head, sharpness, part)
             if draft_head.requires_grad:
                 grad_head += logits.flatten(0, 1).T @ drafting.flatten(0, 1)
         ctx.save_for_backward(rows.by_round(grad_rows, hidden.shape[1]), grad_head)
@@ -251,8 +251,9 @@ def _sharpness(batch: Batch, row: Tensor) -> Tensor | None:
     return None if bool((temperatures == 1).all()) else temperatures.reciprocal()
 
 
-def _times(states: Tensor, factor: Tensor | None) -> Tensor:
-    return states if factor is None else states * factor
+def _times(states: Tensor, factors: Tensor | None, part: slice) -> Tensor:
+    """States [..., n, H] of the rows of `part`, times their factors out of [N, 1]."""
+    return states if factors is None else states * factors[part]
 
 
 def _slopes_in_place(

@@ -191,7 +191,8 @@ class Trainer:
         """Adds gradients times `weight`; returns summed loss, mean acceptance and rows."""
         device = self._devices.device
         batch = self._with_noise(make_batch(rollouts, layout, head).to(device))
-        if not len(batch.rounds) and not self._devices.sharded:  # completions of one token
+        # Completions of one token: no drafts. Processes that share weights must unroll together.
+        if not len(batch.rounds) and not self._devices.sharded:
             return 0.0, torch.zeros(self.config.draft_tokens), 0
         policy_head = head.lm_head.to(device)
         bfloat16 = self.config.precision == "bfloat16"
