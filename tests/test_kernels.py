@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import rotate_half
 
 import drafttrain.drafters.attention as attention
-from drafttrain.drafters.attention import AttentionPlan, attend
+from drafttrain.drafters.attention import AttentionPlan, KeysValues, attend
 from drafttrain.drafters.batch import Batch
 from drafttrain.drafters.kernels import rotate, swiglu, take_rows, unit_rms
 
@@ -27,7 +27,9 @@ def assert_same(got: Tensor, expected: Tensor, *inputs: Tensor) -> None:
     torch.testing.assert_close(got, expected)
     direction = normal(*expected.shape, seed=9).detach()
     theirs = torch.autograd.grad(expected, inputs, direction)
-    for mine, other in zip(torch.autograd.grad(got, inputs, direction), theirs, strict=True):
+    # An input that nothing came of (no slots at all) has a gradient of zero.
+    ours = torch.autograd.grad(got, inputs, direction, materialize_grads=True)
+    for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other)
 
 
@@ -67,6 +69,13 @@ def plain_attention(
     return F.scaled_dot_product_attention(query.transpose(0, 1), key, value, mask).transpose(0, 1)
 
 
+def attended(query: Tensor, keys: list[Tensor], values: list[Tensor], batch: Batch) -> Tensor:
+    kept, plan = KeysValues(), AttentionPlan(batch)
+    for key, value in zip(keys, values, strict=True):
+        kept.add(key, value, plan)
+    return attend(query, kept, plan)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 9), st.integers(0, 12)), min_size=1, max_size=7),
@@ -82,8 +91,24 @@ def test_attend(sizes: list[tuple[int, int]], depths: int, square_at_once: int) 
     values = [normal(slots if d == 0 else rounds, 2, 8, seed=20 + d) for d in range(depths)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "SQUARE_AT_ONCE", square_at_once)
-        got = attend(query, keys, values, AttentionPlan(batch))
+        got = attended(query, keys, values, batch)
         assert_same(got, plain_attention(batch, query, keys, values), query, *keys, *values)
+
+
+@pytest.mark.parametrize("ahead", [0.0, 3.0, 40.0, 900.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_attention_to_scores_far_above_a_rounds_own(dtype: torch.dtype, ahead: float) -> None:
+    """What the first slot's key scores more than a round's own, `ahead`, neither overflows nor is
+    rounded away."""
+    batch = making.bare_batch([1], [40])
+    query, key, value = (normal(len(batch.slots), 2, 32, seed=seed).detach() for seed in range(3))
+    query[..., 0], key[..., 0] = 1.0, 0.0
+    key[[0, 7], :, 0] = ahead * 32**0.5
+    exact = [tensor.to(dtype).double() for tensor in (query, key, value)]
+    expected = plain_attention(batch, exact[0], exact[1:2], exact[2:])
+    got = attended(query.to(dtype), [key.to(dtype)], [value.to(dtype)], batch).double()
+    allowed = {torch.bfloat16: 0.01, torch.float32: 1e-4, torch.float64: 1e-9}[dtype]
+    assert (got - expected).norm() < allowed * expected.norm()
 
 
 def test_gradients_of_attention_in_bfloat16() -> None:
@@ -100,7 +125,7 @@ def test_gradients_of_attention_in_bfloat16() -> None:
 
     def gradients(inputs: list[Tensor]) -> tuple[Tensor, ...]:
         query, key, value, direction = inputs
-        out = attend(query, [key], [value], AttentionPlan(batch))
+        out = attended(query, [key], [value], batch)
         return torch.autograd.grad(out, (query, key, value), direction)
 
     for got, expected in zip(gradients(rounded), gradients(exact), strict=True):

@@ -8,13 +8,18 @@ Backward uses what makes ring attention work (Liu et al., arXiv 2310.01889): wit
 output and log-sum-exp, each part's gradient can be taken alone, and its weights are recomputed
 instead of stored. Rollouts are attended to one by one or in groups of similar length, so cost grows
 with the sum of their squared lengths, never with the square of the batch.
+
+Batched products do most of it. What is subtracted from a score (a log-sum-exp) or from a slope is
+subtracted inside the product, by spare columns that hold ones on one side and its *terms* on the
+other: no pass of its own, and in bfloat16 only the small difference is rounded.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,11 +27,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from drafttrain.drafters.batch import Batch
+from drafttrain.drafters.kernels import wide
 
 # Slots squared that are attended to together, over all rollouts of a group; bounds the scores.
-SQUARE_AT_ONCE = 1 << 18
+SQUARE_AT_ONCE = 1 << 19
 # Share of a group's scores that may be padding.
 _PADDING = 0.25
+# What a round's weights may add up to, that of its own slot being 1. Beyond it scores lie so far
+# above that one (some 14 in bfloat16) that what they differ by is rounded too much, or overflows.
+_SUM_LIMIT, _SUM_LIMIT_SHORT = 1e30, float(1 << 20)
+# How often a round may be weighed again, relative to what its weights added up to.
+_MOST_PASSES = 16
 
 
 @dataclass(frozen=True)
@@ -60,21 +71,31 @@ class _Group:
     slots: _Placed
     rounds: _Placed
 
-    def pad(self, packed: Tensor, placed: _Placed) -> Tensor:
-        """[N, heads, d] to [rollouts, heads, size, d], strided; empty places are zero."""
+    def block(self, packed: Tensor, placed: _Placed, spare: int = 0) -> Tensor:
+        """[N, heads, d] to [rollouts * heads, size, d + spare]; empty places are zero.
+
+        What stands in the spare columns is left to the caller.
+        """
         rows = packed[placed.rows]
         if placed.places is not None:
-            block = rows.new_zeros(self.rollouts * self.size, *rows.shape[1:])
-            block[placed.places] = rows
-            rows = block
-        return rows.view(self.rollouts, self.size, *rows.shape[1:]).transpose(1, 2)
+            filled = rows.new_zeros(self.rollouts * self.size, *rows.shape[1:])
+            filled[placed.places] = rows
+            rows = filled
+        by_head = rows.view(self.rollouts, self.size, *rows.shape[1:]).transpose(1, 2)
+        block = rows.new_empty(*by_head.shape[:-1], rows.shape[-1] + spare)
+        block[..., : rows.shape[-1]] = by_head
+        return block.flatten(0, 1)
 
-    def unpad(self, padded: Tensor, placed: _Placed, packed: Tensor) -> None:
-        """Write [rollouts, heads, size, d] back to its rows of [N, heads, d]."""
-        rows = padded.transpose(1, 2).flatten(0, 1)
-        packed[placed.rows] = rows if placed.places is None else rows[placed.places]
+    def unblock(self, block: Tensor, placed: _Placed, packed: Tensor) -> None:
+        """Write [rollouts * heads, size, d + spare] back to its rows of [N, heads, d]."""
+        heads, width = packed.shape[1:]
+        rows = block[..., :width].unflatten(0, (self.rollouts, heads)).transpose(1, 2)
+        if placed.places is None:
+            packed[placed.rows].view(rows.shape).copy_(rows)
+        else:
+            packed[placed.rows] = rows.flatten(0, 1)[placed.places]
 
-    def blocks(self) -> Iterator[tuple[int, int]]:
+    def tiles(self) -> Iterator[tuple[int, int]]:
         """Queries [start, stop) at a time; the last first, which see the most keys."""
         step = max(1, SQUARE_AT_ONCE // (self.rollouts * self.size))
         for stop in range(self.size, 0, -step):
@@ -112,7 +133,7 @@ def _groups(
         size, here = max(slots[start:stop]), slice(slot, slot + sum(slots[start:stop]))
         places = (rollout_of[here] - start) * size + within[here]
         asking = places[queries[here]]
-        if len(asking):
+        if size:
             yield _Group(
                 stop - start,
                 size,
@@ -132,146 +153,249 @@ def _placed(first_row: int, places: Tensor, size: int) -> _Placed:
     return _Placed(rows, None if len(places) == size else places)
 
 
-def attend(query: Tensor, keys: list[Tensor], values: list[Tensor], plan: AttentionPlan) -> Tensor:
-    """Attention of draft depth ``len(keys) - 1`` from every round of a batch.
+@dataclass
+class KeysValues:
+    """Keys and values of one layer, of every draft depth so far.
+
+    Attributes:
+        depths: how many so far.
+        context_keys, context_values: of depth 0, one block for each group of the plan.
+        keys, values: of the depths after it, [R, heads, d] each.
+    """
+
+    depths: int = 0
+    context_keys: tuple[Tensor, ...] = ()
+    context_values: tuple[Tensor, ...] = ()
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+
+    def add(self, key: Tensor, value: Tensor, plan: AttentionPlan) -> None:
+        """Those of the next depth: [S, heads, d] for every slot, then [R, heads, d].
+
+        Rows may follow that are padding.
+        """
+        if self.depths == 0:
+            self.context_keys = _Context.apply(plan, key)
+            self.context_values = _Context.apply(plan, value)
+        else:
+            self.keys.append(key)
+            self.values.append(value)
+        self.depths += 1
+
+
+class _Context(torch.autograd.Function):
+    """Lays rows out in the blocks of a plan, once for all depths, with ones behind them."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: AttentionPlan, packed: Tensor) -> tuple[Tensor, ...]:
+        ctx.plan, ctx.like = plan, packed
+        blocks = [group.block(packed, group.slots, _spare(packed)) for group in plan.groups]
+        for block in blocks:
+            block[..., packed.shape[-1] :] = 1.0
+        return tuple(blocks)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        grad = torch.zeros_like(ctx.like)
+        for group, block in zip(ctx.plan.groups, grads, strict=True):
+            group.unblock(block, group.slots, grad)
+        return None, grad
+
+
+def attend(query: Tensor, kept: KeysValues, plan: AttentionPlan) -> Tensor:
+    """Attention from every round of a batch to its context and to what it drafted itself.
 
     Args:
         query: [R, heads, d], one for each round; rows may follow that are padding.
-        keys, values: depth 0's [S, heads, d] for every slot, then [R, heads, d] for each depth,
-            padded likewise.
+        kept: keys and values up to this depth.
         plan: of the same batch.
 
     Returns:
         [R, heads, d]; what stands in padding is finite and has no gradient.
     """
-    attended: Tensor = _Attend.apply(plan, query, *keys, *values)
+    context = (*kept.context_keys, *kept.context_values)
+    attended: Tensor = _Attend.apply(plan, query, *context, *kept.keys, *kept.values)
     return attended
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: AttentionPlan, query: Tensor, *keys_values: Tensor) -> Tensor:
-        depths = len(keys_values) // 2
-        keys, values = keys_values[:depths], keys_values[depths:]
+        context_keys, context_values, keys, values = _parts(plan, keys_values)
         scaled = query * (1.0 / math.sqrt(query.shape[-1]))
         out = torch.zeros_like(scaled)
-        lse = out.new_zeros(*out.shape[:2], 1, dtype=_wide(out))
-        for group in plan.groups:
-            q = group.pad(scaled, group.rounds)
-            k, v = group.pad(keys[0], group.slots), group.pad(values[0], group.slots)
-            group_out, group_lse = _causal(q, k, v)
-            group.unpad(group_out, group.rounds, out)
-            group.unpad(group_lse[..., None], group.rounds, lse)
+        lse = out.new_zeros(*out.shape[:2], 1, dtype=wide(out))
+        for group, k, v in zip(plan.groups, context_keys, context_values, strict=True):
+            q = group.block(scaled, group.rounds, _spare(scaled))
+            causal = _causal_fused if q.is_cuda else _causal
+            group_out, group_lse = causal(q, k, v, group)
+            group.unblock(group_out, group.rounds, out)
+            group.unblock(group_lse, group.rounds, lse)
         own = []  # weights of what the rounds drafted themselves, [R, heads, 1] each
-        if depths > 1:
-            scores = torch.stack([lse, *(_dot(scaled, key) for key in keys[1:])])
+        if keys:
+            scores = torch.stack([lse, *(_dot(scaled, key) for key in keys)])
             lse = scores.logsumexp(0)
             of_context, *own = scores.sub_(lse).exp_().to(out.dtype)
             out *= of_context
-            for weight, value in zip(own, values[1:], strict=True):
+            for weight, value in zip(own, values, strict=True):
                 out.addcmul_(weight, value)
-        ctx.plan, ctx.depths = plan, depths
-        ctx.save_for_backward(scaled, out, lse, *keys_values, *own)
+        ctx.plan, ctx.own = plan, own
+        ctx.save_for_backward(scaled, out, lse, *keys_values)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        scaled, out, lse, *kept = ctx.saved_tensors
-        depths = ctx.depths
-        keys, values, own = kept[:depths], kept[depths : 2 * depths], kept[2 * depths :]
+        scaled, out, lse, *keys_values = ctx.saved_tensors
+        context_keys, context_values, keys, values = _parts(ctx.plan, keys_values)
         grad = grads[0].contiguous()
         delta = _dot(grad, out)
+        scores_of, slopes_of = _with_terms(scaled, -lse), _with_terms(grad, -delta)
         grad_query = torch.zeros_like(scaled)
-        grad_keys, grad_values = [torch.zeros_like(keys[0])], [torch.zeros_like(values[0])]
-        for group in ctx.plan.groups:
-            q, g = group.pad(scaled, group.rounds), group.pad(grad, group.rounds)
-            k, v = group.pad(keys[0], group.slots), group.pad(values[0], group.slots)
-            row = group.pad(lse, group.rounds), group.pad(delta, group.rounds)
-            gq, gk, gv = _causal_backward(q, k, v, g, *row, group)
-            group.unpad(gq, group.rounds, grad_query)
-            group.unpad(gk, group.slots, grad_keys[0])
-            group.unpad(gv, group.slots, grad_values[0])
-        for key, value, weight in zip(keys[1:], values[1:], own, strict=True):
-            grad_score = (_dot(grad, value) - delta).to(grad.dtype).mul_(weight)
-            grad_values.append(grad * weight)
-            grad_keys.append(scaled * grad_score)
-            grad_query.addcmul_(grad_score, key)
+        of_context_keys, of_context_values = [], []
+        for group, k, v in zip(ctx.plan.groups, context_keys, context_values, strict=True):
+            q, g = (group.block(rows, group.rounds) for rows in (scores_of, slopes_of))
+            gq, gk, gv = _causal_backward(q, k, v, g, group)
+            group.unblock(gq, group.rounds, grad_query)
+            of_context_keys.append(gk)
+            of_context_values.append(gv)
+        of_keys, of_values = [], []
+        for key, value, weight in zip(keys, values, ctx.own, strict=True):
+            gq, gk, gv = _own_backward(grad, delta, scaled, key, value, weight)
+            grad_query += gq
+            of_keys.append(gk)
+            of_values.append(gv)
         grad_query *= 1.0 / math.sqrt(scaled.shape[-1])
-        return None, grad_query, *grad_keys, *grad_values
+        return None, grad_query, *of_context_keys, *of_context_values, *of_keys, *of_values
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def _parts(plan: AttentionPlan, keys_values: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
+    """Context keys and values, of each group of `plan`; then keys and values of later depths."""
+    groups, depths = len(plan.groups), len(keys_values) // 2 - len(plan.groups)
+    ends = list(itertools.accumulate((groups, groups, depths, depths), initial=0))
+    return tuple(keys_values[start:stop] for start, stop in itertools.pairwise(ends))
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, group: _Group) -> tuple[Tensor, Tensor]:
     """Causal attention with scores ``query @ key``: the output and its rows' log-sum-exp.
 
+    On a CPU this takes half the time of torch's fused kernel.
+
     Args:
-        query, key, value: [rollouts, heads, size, d].
+        query: [rollouts * heads, size, d + spare]; its terms are overwritten.
+        key, value: [rollouts * heads, size, d + spare], with ones.
+
+    Returns:
+        [rollouts * heads, size, d + spare], of which d columns count; [.., size, 1], wide.
     """
-    aten = torch.ops.aten
-    if query.device.type == "cpu":
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, True, scale=1.0
-        )
-        return out, lse
-    out, lse, *_ = aten._scaled_dot_product_efficient_attention(
-        query, key, value, None, True, 0.0, True, scale=1.0
+    out = torch.empty_like(query)
+    width = query.shape[-1] - _spare(query)
+    lse = _dot(query[..., :width], key[..., :width])
+    limit = _SUM_LIMIT if query.dtype == lse.dtype else _SUM_LIMIT_SHORT
+    for start, stop in group.tiles():
+        q, k, v, shift = query[:, start:stop], key[:, :stop], value[:, :stop], lse[:, start:stop]
+        for _ in range(_MOST_PASSES):
+            _put_terms(q, -shift)
+            summed = torch.bmm(_weights(k, q, start).mT, v)
+            total = summed[..., -1:]  # the value's ones add the weights up
+            shift += total.to(shift.dtype).clamp_max(_SUM_LIMIT).log_()
+            if not bool(total.max() > limit):
+                break
+        torch.div(summed, total, out=out[:, start:stop])
+    return out, lse
+
+
+def _causal_fused(
+    query: Tensor, key: Tensor, value: Tensor, group: _Group
+) -> tuple[Tensor, Tensor]:
+    """:func:`_causal` by torch's kernel for GPUs, which keeps no scores."""
+    width = query.shape[-1] - _spare(query)
+    q, k, v = (
+        block[..., :width].unflatten(0, (group.rollouts, -1)).contiguous()
+        for block in (query, key, value)
     )
-    return out, lse[..., : query.shape[2]]  # the kernel pads its rows
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        q, k, v, None, True, 0.0, True, scale=1.0
+    )
+    # The kernel pads its rows of log-sum-exp.
+    return out.flatten(0, 1), lse[..., : group.size].flatten(0, 1)[..., None]
 
 
 def _causal_backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    grad: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    group: _Group,
+    scores_of: Tensor, key: Tensor, value: Tensor, slopes_of: Tensor, group: _Group
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`_causal`, whose weights are ``exp(scores - lse)``.
 
-    Batched products and few passes over the scores are several times faster on a CPU than the
-    flash kernel's own backward.
-
     Args:
-        query, key, value, grad: [rollouts, heads, size, d].
-        lse, delta: [rollouts, heads, size, 1], wide.
+        scores_of, slopes_of: queries, and gradients of the output, with their terms.
+        key, value: with ones.
+
+    Returns:
+        those of query, key and value, of which d columns count.
     """
-    q, k, v, g, lse, delta = (t.flatten(0, 1) for t in (query, key, value, grad, lse, delta))
-    # The products subtract: no pass of its own, and in bfloat16 only small differences are rounded.
-    scores_of, slopes_of = _with_term(q, -lse), _with_term(g, -delta)
-    terms = scores_of.shape[-1] - q.shape[-1]
-    keys, values = (F.pad(t, (0, terms), value=1.0) for t in (k, v))
-    grad_q = torch.empty_like(q)
-    for start, stop in group.blocks():
-        block = slice(start, stop)
-        # Keys in rows, [rollouts * heads, stop, block]: two of three products need no transpose.
-        weights = torch.bmm(keys[:, :stop], scores_of[:, block].mT).exp_()
-        # Slots after the round's own: weights of zero, whatever their score was.
-        weights[:, start:].triu_()
-        slopes = torch.bmm(values[:, :stop], slopes_of[:, block].mT).mul_(weights)
-        grad_q[:, block] = torch.bmm(slopes.mT, k[:, :stop])
-        of_keys, of_values = torch.bmm(slopes, q[:, block]), torch.bmm(weights, g[:, block])
+    grad_q = torch.empty_like(scores_of)
+    for start, stop in group.tiles():
+        q, g = scores_of[:, start:stop], slopes_of[:, start:stop]
+        k, v = key[:, :stop], value[:, :stop]
+        weights = _weights(k, q, start)
+        slopes = torch.bmm(v, g.mT).mul_(weights)
+        grad_q[:, start:stop] = torch.bmm(slopes.mT, k)
+        of_keys, of_values = torch.bmm(slopes, q), torch.bmm(weights, g)
         if stop == group.size:
-            sums = lse.dtype if start > 0 else q.dtype
+            sums = wide(key) if start > 0 else key.dtype
             grad_k, grad_v = of_keys.to(sums), of_values.to(sums)
         else:
             grad_k[:, :stop] += of_keys
             grad_v[:, :stop] += of_values
-    return tuple(t.view_as(query) for t in (grad_q, grad_k, grad_v))  # type: ignore[return-value]
+    return grad_q, grad_k.to(key.dtype), grad_v.to(key.dtype)
 
 
-def _with_term(x: Tensor, term: Tensor) -> Tensor:
-    """`x`, [.., d], with columns that add up to `term`, [.., 1], as exactly as its dtype allows."""
+def _weights(key: Tensor, scores_of: Tensor, start: int) -> Tensor:
+    """``exp(scores)`` of queries [start, stop), zero for slots after the query's own.
+
+    Args:
+        key: [.., stop, d + spare], with ones.
+        scores_of: [.., stop - start, d + spare], with terms.
+
+    Returns:
+        [.., stop, stop - start]; with keys in rows most products need no transpose.
+    """
+    after = key.new_full((key.shape[1], scores_of.shape[1]), -math.inf).tril_(-1 - start)
+    return torch.baddbmm(after, key, scores_of.mT).exp_()
+
+
+def _spare(like: Tensor) -> int:
+    """Columns for a number of float32 precision: two in a shorter dtype, or one.
+
+    A GPU's products want rows of whole 16 bytes.
+    """
+    if like.is_cuda:
+        return 8
+    return 1 if like.dtype == wide(like) else 2
+
+
+def _put_terms(x: Tensor, term: Tensor) -> None:
+    """Write `term`, [.., 1], into the spare columns of `x`, which add up to it."""
     high = term.to(x.dtype)
-    if high.dtype == term.dtype:
-        return torch.cat([x, high], -1)
-    return torch.cat([x, high, (term - high).to(x.dtype)], -1)
+    terms = [high] if high.dtype == term.dtype else [high, (term - high).to(x.dtype)]
+    spare = _spare(x)
+    x[..., -spare:] = F.pad(torch.cat(terms, -1), (spare - len(terms), 0))
+
+
+def _with_terms(x: Tensor, term: Tensor) -> Tensor:
+    """`x` with `term` in columns of its own behind it."""
+    extended = F.pad(x, (0, _spare(x)))
+    _put_terms(extended, term)
+    return extended
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """[N, heads, d] times [N, heads, d] to [N, heads, 1], added up wide."""
-    return (a * b).sum(-1, keepdim=True, dtype=_wide(a))
+    """[.., d] times [.., d] to [.., 1], added up wide."""
+    return (a * b).sum(-1, keepdim=True, dtype=wide(a))
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+def _own_backward(
+    grad: Tensor, delta: Tensor, scaled: Tensor, key: Tensor, value: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A drafted slot's part of the gradients of query, key and value, [R, heads, d] each."""
+    slope = (_dot(grad, value) - delta).to(grad.dtype) * weight
+    return slope * key, slope * scaled, grad * weight

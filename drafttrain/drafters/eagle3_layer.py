@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from drafttrain.checkpoints.eagle3_format import QWEN3
-from drafttrain.drafters.attention import AttentionPlan, attend
+from drafttrain.drafters.attention import AttentionPlan, KeysValues, attend
 from drafttrain.drafters.batch import Batch, pad_rows
 from drafttrain.drafters.kernels import rotate, swiglu, take_rows, unit_rms
 
@@ -119,8 +119,7 @@ class UnrolledLayer:
         gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
         self.gate_up_weight = (gate_up * layer.post_attention_layernorm.weight).to(dtype)
         self.down_weight = mlp.down_proj.weight.to(dtype).T
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
+        self.kept = KeysValues()
 
     def __call__(self, hidden: Tensor, embedded: Tensor, rotation: Rotation) -> Tensor:
         """One depth.
@@ -134,17 +133,18 @@ class UnrolledLayer:
             [N, H]; of the last layer at depth 0, [R, H] of the rounds.
         """
         normed = unit_rms(hidden, self.eps)
+        at_slots = self.kept.depths == 0
         query = self._split(self._qkv(normed, embedded), rotation)
         residual = normed * self.norm_weight if self.layer.norm_before_residual else hidden
         if self.layer.hidden_norm is None:
             residual = hidden
         plan = self.plans.rounds
-        if len(self.keys) == 1 and self.last:
+        if at_slots and self.last:
             starts = self.plans.starts
             query, residual = take_rows(query, starts), take_rows(residual, starts)
-        elif len(self.keys) == 1:
+        elif at_slots:
             plan = self.plans.slots
-        attended = attend(query, self.keys, self.values, plan)
+        attended = attend(query, self.kept, plan)
         residual = torch.addmm(residual, attended.flatten(1), self.o_weight)
         if (bias := self.layer.self_attn.o_proj.bias) is not None:
             residual = residual + bias.to(residual.dtype)
@@ -172,6 +172,5 @@ class UnrolledLayer:
         query, key = rotate(turned, *rotation).split([heads, kv_heads], 1)
         if heads != kv_heads:
             key, value = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (key, value))
-        self.keys.append(key)
-        self.values.append(value)
+        self.kept.add(key, value, self.plans.rounds)
         return query

@@ -19,6 +19,11 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
+def wide(tensor: Tensor) -> torch.dtype:
+    """What to add up in: float32 at least."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
 def unit_rms(x: Tensor, eps: float) -> Tensor:
     """``x / sqrt(mean(x^2) + eps)`` over the last dimension: an RMS norm without its weight."""
     normed: Tensor = _UnitRms.apply(x, eps)
@@ -54,8 +59,7 @@ def take_rows(x: Tensor, rows: Tensor) -> Tensor:
 class _UnitRms(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide(x))
         scale = (norm.square_().div_(x.shape[-1]).add_(eps)).rsqrt_().to(x.dtype)
         normed: Tensor = x * scale
         ctx.save_for_backward(normed, scale)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
 
-from drafttrain.drafters.attention import AttentionPlan, attend
+from drafttrain.drafters.attention import AttentionPlan, KeysValues, attend
 from drafttrain.drafters.batch import Batch
 
 _NAME = "drafttrain_rounds"
@@ -22,17 +22,17 @@ _NAME = "drafttrain_rounds"
 
 @dataclass
 class RoundsAttention:
-    """Keys and values of one layer, of every draft depth so far.
+    """Attention of one layer, depth after depth.
 
     Attributes:
         plan: of the batch.
         starts: int64 [R], which of the slots start a round.
+        kept: keys and values so far.
     """
 
     plan: AttentionPlan
     starts: Tensor
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
+    kept: KeysValues = field(default_factory=KeysValues)
 
     @classmethod
     def of(cls, batch: Batch) -> RoundsAttention:
@@ -43,12 +43,11 @@ class RoundsAttention:
 
         At depth 0, N is the slots, and what starts no round gets zero: nothing reads it.
         """
-        self.keys.append(key)
-        self.values.append(F.pad(value, (0, key.shape[-1] - value.shape[-1])))
-        if len(self.keys) > 1:
-            out = attend(query, self.keys, self.values, self.plan)
+        self.kept.add(key, F.pad(value, (0, key.shape[-1] - value.shape[-1])), self.plan)
+        if self.kept.depths > 1:
+            out = attend(query, self.kept, self.plan)
         else:
-            attended = attend(query[self.starts], self.keys, self.values, self.plan)
+            attended = attend(query[self.starts], self.kept, self.plan)
             out = query.new_zeros(query.shape).index_copy(0, self.starts, attended)
         return out[..., : value.shape[-1]]
 
