@@ -68,11 +68,13 @@ def test_swaps_take_their_turn_during_generation(
     thread = threading.Thread(target=swap_until_done)
     thread.start()
     try:
-        found = generate(engine, batch, greedy(120))
+        found = [generate(engine, batch, greedy(120))]
+        while len(waited) < 3 and thread.is_alive():
+            found.append(generate(engine, batch, greedy(120)))
     finally:
         done.set()
         thread.join()
-    assert found == expected
+    assert all(completions == expected for completions in found)
     assert len(waited) >= 3
     assert max(waited) < 5
     client.swap(1)

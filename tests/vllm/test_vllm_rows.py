@@ -6,11 +6,12 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drafttrain.integrations.vllm.rows import Rows
+from drafttrain.integrations.vllm.rows import Part, Rows
 
 LENGTH, STATES, WIDTH = 12, 3, 2
 
-# Where a step's rows start, how many they are, and whether its memory is used again after it.
+# Where a step's rows start, how many they are, and whether they are noted with those of the step
+# before, in one call.
 steps = st.lists(
     st.tuples(st.integers(0, LENGTH - 1), st.integers(0, 5), st.booleans()), min_size=1, max_size=12
 )
@@ -22,19 +23,19 @@ def test_the_last_row_noted_at_each_position_is_kept(
     steps: list[tuple[int, int, bool]], window: tuple[int, int], length: int
 ) -> None:
     rows, noted = Rows(window), {}
-    waiting = []
-    for number, (start, count, reused) in enumerate(steps):
+    calls: list[list[Part]] = [[]]
+    for number, (start, count, together) in enumerate(steps):
         step = np.full((count, STATES, WIDTH), number + 1, dtype=np.uint8)
         step[:, 0] += 100
-        rows.note(start, step.view(f"V{WIDTH}")[..., 0])
-        waiting.append(step)
+        if not together:
+            calls.append([])
+        calls[-1].append((start, step.view(f"V{WIDTH}")[..., 0]))
         inside = range(max(start, window[0]), min(start + count, window[1]))
         noted |= dict.fromkeys(inside, number + 1)
-        if reused:
-            rows.own()
-            for memory in waiting:
-                memory[:] = 0
-            waiting.clear()
+    for parts in calls:
+        rows.note(parts)
+        for _, memory in parts:  # an engine's steps use theirs again
+            memory.view(np.uint8)[:] = 0
     assert bool(rows) == bool(noted)
     if not noted:
         return

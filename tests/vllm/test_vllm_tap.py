@@ -291,12 +291,12 @@ def test_a_dead_thread_costs_rollouts_and_not_the_engine(
     expected = generate(llm, batch, greedy(20))
     assembler = worker_of(llm)._drafttrain._assembler
 
-    def fail(step: object) -> None:
+    def fail() -> None:
         raise RuntimeError("a fault of ours")
 
     printed: list[object] = []
     monkeypatch.setattr("threading.excepthook", printed.append)
-    monkeypatch.setattr(assembler, "_take_step", fail)
+    monkeypatch.setattr(assembler, "_take_steps", fail)
     assert generate(llm, batch, greedy(20)) == expected
     assembler._thread.join(5)
     assert generate(llm, batch, greedy(20)) == expected

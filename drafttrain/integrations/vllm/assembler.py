@@ -14,25 +14,19 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from drafttrain.integrations.vllm.counters import Counters
 from drafttrain.integrations.vllm.live import LiveRequest
-from drafttrain.integrations.vllm.rows import Rows, States
+from drafttrain.integrations.vllm.rows import Part, Rows
 from drafttrain.integrations.vllm.segments import Segments
 from drafttrain.integrations.vllm.selection import Selection
 from drafttrain.integrations.vllm.settings import EngineSettings
-from drafttrain.integrations.vllm.steps import DeviceSampled, Ended, HeadTaken, HostCopy, Step
+from drafttrain.integrations.vllm.steps import Ended, HeadTaken, Step
+from drafttrain.integrations.vllm.stretch import Stretch
 from drafttrain.rollouts.spool import SpoolWriter
 
 # Steps gather this long before the thread takes them: each time it wakes, the engine's thread may
-# have to wait for the interpreter lock.
+# have to wait for the interpreter lock, and many steps together take little longer than one.
 _GATHER_SECONDS = 0.2
-
-# The rows of so many steps, or of this share of the buffer, are copied out of them at once.
-_STEPS_TOGETHER = 16
-_SHARE_TOGETHER = 1 / 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +63,8 @@ class Assembler:
         self._put_bytes = self._taken_bytes = 0  # each written by one thread only: no lock
         self._live: dict[str, LiveRequest] = {}
         self._live_bytes = 0
-        self._noted: list[HostCopy] = []  # rows of steps that live requests refer to
-        self._noted_bytes = 0
+        self._steps: list[Step] = []  # gathered, and not yet taken
+        self._ended: list[str] = []
         self._rounds: Counter[tuple[bool, int | None, int, int]] = Counter()
         self._thread = threading.Thread(target=self._run, name="drafttrain-tap", daemon=True)
         self._thread.start()
@@ -116,16 +110,19 @@ class Assembler:
     def _run(self) -> None:
         while True:
             for item in self._gather():
-                if isinstance(item, _Flush):
+                if isinstance(item, Step):
+                    self._add_step(item)
+                elif isinstance(item, Ended):
+                    self._ended.append(item.req_id)
+                else:
+                    self._take_steps()
+                    if isinstance(item, HeadTaken):
+                        self._take_head(item)
+                        continue
                     self._answer(item)
                     if item.last:
                         return
-                elif isinstance(item, Step):
-                    self._take_step(item)
-                elif isinstance(item, Ended):
-                    self._take_ended(item)
-                else:
-                    self._take_head(item)
+            self._take_steps()
             if self._segments is not None:
                 self._segments.write_due(idle=not self._live)
 
@@ -152,49 +149,34 @@ class Assembler:
             self._segments.layout = item.layout
             self._segments.write_head(item.wait())
 
-    def _take_ended(self, item: Ended) -> None:
-        live = self._live.get(item.req_id)
-        if live is not None:
-            self._finish(live, live.reason_when_ended())
-
-    def _take_step(self, step: Step) -> None:
-        for request in step.new_requests:
+    def _add_step(self, step: Step) -> None:
+        new = step.new_requests
+        together = not self._steps or Stretch.together(self._steps[-1], step)
+        again = any(request.req_id in self._live for request in new)
+        if not together or again or (new and self._selection.rationed):
+            self._take_steps()
+        self._steps.append(step)
+        for request in new:
             self._open(request, step.drafter_version)
-        rows = None if step.rows is None else _states_of(step.rows.wait())
-        lists = step.sampled.lists() if isinstance(step.sampled, DeviceSampled) else step.sampled
-        drafts = step.drafts or [0] * len(step.req_ids)
-        starts = step.starts.wait().tolist() if isinstance(step.starts, HostCopy) else step.starts
-        batch = zip(step.req_ids, step.scheduled, drafts, starts, lists, strict=True)
-        offset = 0
-        for req_id, scheduled, drafted, start, sampled in batch:
+
+    def _take_steps(self) -> None:
+        """All that were gathered; nothing refers to their memory afterwards."""
+        if self._steps:
+            stretch = Stretch(self._steps)
+            for req_id, entries in stretch.entries.items():
+                live = self._live.get(req_id)
+                if live is not None:
+                    self._advance(live, stretch, entries)
+            self._count_rounds()
+        for req_id in self._ended:
             live = self._live.get(req_id)
             if live is not None:
-                # len(sampled) - 1 of the drafts were accepted; a rejected one's row is of no token.
-                rejected = drafted - max(len(sampled) - 1, 0) if drafted else 0
-                end = offset + scheduled - rejected
-                if rows is not None and live.kept and not live.lost:
-                    self._keep_rows(live, start, rows[offset:end], step.policy_version)
-                elif step.lost:
-                    self._lose_rows(live)
-                self._advance(live, step, start + end - offset, drafted, sampled)
-            offset += scheduled
-        self._count_rounds()
-        if step.rows is not None:
-            self._noted.append(step.rows)
-            self._noted_bytes += step.rows.tensor.nbytes
-            most = self._max_bytes * _SHARE_TOGETHER
-            enough = len(self._noted) >= _STEPS_TOGETHER or self._noted_bytes > most
-            if enough or not self._live:
-                self._own_rows()
-
-    def _own_rows(self) -> None:
-        """Nothing refers to the memory of steps any more."""
-        for live in self._live.values():
-            live.rows.own()
-        for rows in self._noted:
-            rows.release()
-        self._taken_bytes += self._noted_bytes
-        self._noted, self._noted_bytes = [], 0
+                self._finish(live, live.reason_when_ended())
+        for step in self._steps:
+            if step.rows is not None:
+                self._taken_bytes += step.rows.tensor.nbytes
+                step.rows.release()
+        self._steps, self._ended = [], []
 
     def _open(self, request: Any, drafter_version: int | None) -> None:
         """Follows a new request, unless more than its token ids determines its states."""
@@ -222,12 +204,12 @@ class Assembler:
         self._live[request.req_id] = live
         self.counters.requests[drafter_version] += 1
 
-    def _keep_rows(self, live: LiveRequest, start: int, rows: States, policy_version: int) -> None:
+    def _keep_rows(self, live: LiveRequest, parts: list[Part], policy_version: int) -> None:
         held = self._live_bytes + (self._segments.held_bytes if self._segments else 0)
-        if held + rows.nbytes > self._max_bytes:
+        if held + sum(rows.nbytes for _, rows in parts) > self._max_bytes:
             self._lose_rows(live)
             return
-        more = live.note_rows(start, rows, policy_version)
+        more = live.note_rows(parts, policy_version)
         self._live_bytes += more
         self._selection.spend(more)
 
@@ -235,30 +217,41 @@ class Assembler:
         self._live_bytes -= live.rows.held_bytes
         live.lose_rows()
 
-    def _advance(
-        self, live: LiveRequest, step: Step, end: int, drafted: int, sampled: list[int]
-    ) -> None:
-        """Tokens and counts of one request in one step; ``end``: position after its last row."""
-        if drafted and sampled:
-            self._count(live, step, drafted, len(sampled) - 1)
-        reason = live.append(sampled)
+    def _advance(self, live: LiveRequest, stretch: Stretch, entries: list[int]) -> None:
+        """Tokens, rows and counts of one request."""
+        known = live.num_tokens
+        taken, reason = live.append([stretch.sampled[entry] for entry in entries])
+        entries = entries[:taken]
+        if stretch.captured and live.kept and not live.lost:
+            self._keep_rows(live, stretch.rows(entries), stretch.policy_version)
+        elif stretch.lost:
+            self._lose_rows(live)
+        for entry in entries:
+            drafted, sampled = stretch.drafted[entry], len(stretch.sampled[entry])
+            if drafted and sampled:
+                self._count(live, stretch.drafted_by, drafted, sampled - 1, known)
+            known += sampled
+            # Rows reach up to the token before the newest, which was sampled from the last of them.
+            end = stretch.ends[entry]
+            if end != known - 1 if sampled else end > known:
+                live.damaged = True
         if reason is not None:
             self._finish(live, reason)
-        # Rows reach up to the token before the newest, which was sampled from the last of them.
-        elif end != live.num_tokens - 1 if sampled else end > live.num_tokens:
-            live.damaged = True
 
-    def _count(self, live: LiveRequest, step: Step, drafted: int, accepted: int) -> None:
+    def _count(
+        self, live: LiveRequest, drafted_by: int | None, drafted: int, accepted: int, known: int
+    ) -> None:
+        """A round of a request of which so many tokens were known before it."""
         live.rounds += 1
         live.drafted += drafted
         live.accepted += accepted
         if accepted < drafted:
-            live.rejected_at.append(len(live.tokens) + accepted)
-        live.one_drafter &= step.drafted_by == live.drafter_version
+            live.rejected_at.append(known + accepted)
+        live.one_drafter &= drafted_by == live.drafter_version
         self._rounds[live.one_drafter, live.drafter_version, drafted, accepted] += 1
 
     def _count_rounds(self) -> None:
-        """What the requests of a step did, all at once."""
+        """What the requests of a stretch did, all at once."""
         for (one_drafter, version, drafted, accepted), times in self._rounds.items():
             self.counters.total.add(drafted, accepted, times)
             if one_drafter:
@@ -282,10 +275,3 @@ class Assembler:
             rollout_id = f"{self._engine}:{live.req_id}"
             rollout = live.rollout(rollout_id, self._segments.layout, reason)
             self._segments.add(rollout, held_bytes)
-
-
-def _states_of(rows: Tensor) -> States:
-    """[N, 1 + A] of [N, 1 + A, H]."""
-    as_bytes = rows.view(torch.uint8).numpy()
-    states: States = as_bytes.view(f"V{as_bytes.shape[-1]}")[..., 0]
-    return states

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 from vllm.v1.core.sched.utils import check_stop
 from vllm.v1.request import RequestStatus
 
-from drafttrain.integrations.vllm.rows import Rows, States
+from drafttrain.integrations.vllm.rows import Part, Rows, States
 from drafttrain.rollouts.record import FeatureLayout, Rollout, prompt_group
 
 
@@ -65,8 +67,8 @@ class LiveRequest:
     def num_output_tokens(self) -> int:
         return len(self.output_token_ids)
 
-    def note_rows(self, start: int, rows: States, policy_version: int) -> int:
-        """Rows of positions ``start`` on; those of an older policy are forgotten.
+    def note_rows(self, parts: Iterable[Part], policy_version: int) -> int:
+        """Copies rows; those of an older policy are forgotten.
 
         Returns:
             By how many bytes more is held.
@@ -75,30 +77,34 @@ class LiveRequest:
         if policy_version != self.policy_version:
             self.rows.clear()
             self.policy_version = policy_version
-        self.rows.note(start, rows)
+        self.rows.note(parts)
         return self.rows.held_bytes - before
 
     def lose_rows(self) -> None:
         self.lost = True
         self.rows.clear()
 
-    def append(self, sampled: list[int]) -> str | None:
-        """Appends sampled tokens up to a stop.
+    def append(self, sampled: Sequence[list[int]]) -> tuple[int, str | None]:
+        """Appends what steps sampled, up to a stop.
 
         Returns:
-            The finish reason when one of them ended the request.
+            How many of the steps it took; the finish reason when the last of them ended the
+            request.
         """
-        near_limit = len(self.tokens) + len(sampled) >= self.max_length
-        if not near_limit and not self._watch_repetition and self._stops.isdisjoint(sampled):
-            self.tokens += sampled
-            self.output_token_ids += sampled
-            return None
-        for token in sampled:
-            self.tokens.append(token)
-            self.output_token_ids.append(token)
-            if check_stop(self, self._max_model_len):
-                return "length" if self.status == RequestStatus.FINISHED_LENGTH_CAPPED else "stop"
-        return None
+        tokens = list(chain.from_iterable(sampled))
+        near_limit = len(self.tokens) + len(tokens) >= self.max_length
+        if not near_limit and not self._watch_repetition and self._stops.isdisjoint(tokens):
+            self.tokens += tokens
+            self.output_token_ids += tokens
+            return len(sampled), None
+        for steps, ids in enumerate(sampled, 1):
+            for token in ids:
+                self.tokens.append(token)
+                self.output_token_ids.append(token)
+                if check_stop(self, self._max_model_len):
+                    capped = self.status == RequestStatus.FINISHED_LENGTH_CAPPED
+                    return steps, "length" if capped else "stop"
+        return len(sampled), None
 
     def reason_when_ended(self) -> str | None:
         """The finish reason when the engine dropped the request before any stop of its own."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import groupby
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,15 +12,12 @@ States = NDArray[np.void]
 Python's lock to copy 500 elements and more, which between two small copies costs the engine's
 thread more than it gives."""
 
-_Part = tuple[int, States]
+Part = tuple[int, States]
+"""The position of the first row, and the rows."""
 
 
 class Rows:
     """Rows by position: the last hidden state and the aux states.
-
-    A step's rows are only referred to at first: copying those of several steps at once takes far
-    less time under Python's lock, for which the engine's thread would have to wait. Whoever owns
-    the step's memory has :meth:`own` called before it is used again.
 
     Attributes:
         held_bytes: of what was noted.
@@ -32,30 +29,30 @@ class Rows:
         """
         self.held_bytes = 0
         self._window = window
-        self._parts: list[_Part] = []
-        self._owned = 0  # the first so many parts
+        self._parts: list[Part] = []
 
     def __bool__(self) -> bool:
         return bool(self._parts)
 
-    def note(self, start: int, rows: States) -> None:
-        """Rows of positions ``start`` on; noting a position again replaces it."""
-        first, end = self._window
-        if start < first or start + len(rows) > end:
-            rows = rows[max(first - start, 0) : max(end - start, 0)]
-            start = max(start, first)
-        if len(rows):
+    def note(self, parts: Iterable[Part]) -> None:
+        """Copies rows; noting a position again replaces it."""
+        for start, following in _runs(self._inside(parts)):
+            rows = np.concatenate(following)
             self._parts.append((start, rows))
             self.held_bytes += rows.nbytes
 
-    def own(self) -> None:
-        """Copies what is only referred to."""
-        noted = self._parts[self._owned :]
-        self._parts[self._owned :] = _joined(noted)
-        self._owned = len(self._parts)
+    def _inside(self, parts: Iterable[Part]) -> Iterator[Part]:
+        """What is in the window."""
+        first, end = self._window
+        for start, rows in parts:
+            if start < first or start + len(rows) > end:
+                rows = rows[max(first - start, 0) : max(end - start, 0)]
+                start = max(start, first)
+            if len(rows):
+                yield start, rows
 
     def clear(self) -> None:
-        self.held_bytes = self._owned = 0
+        self.held_bytes = 0
         self._parts = []
 
     def take(self, length: int) -> tuple[States, States, NDArray[np.bool_]]:
@@ -80,14 +77,13 @@ class Rows:
         return last, aux, captured
 
 
-def _joined(parts: list[_Part]) -> list[_Part]:
-    """Copies, in which parts that follow each other are one."""
-    ends = np.cumsum([len(rows) for _, rows in parts])
-    # Of parts in a row, the start less the rows before it is the same.
-    offsets = [start + len(rows) - end for (start, rows), end in zip(parts, ends, strict=True)]
-    runs = groupby(zip(offsets, parts, strict=True), key=lambda each: each[0])
-    joined = []
-    for _, run in runs:
-        together = [part for _, part in run]
-        joined.append((together[0][0], np.concatenate([rows for _, rows in together])))
-    return joined
+def _runs(parts: Iterable[Part]) -> list[tuple[int, list[States]]]:
+    """Parts of which each begins where the one before it ends, together, with the first's start."""
+    runs: list[tuple[int, list[States]]] = []
+    end = None
+    for start, rows in parts:
+        if start != end:
+            runs.append((start, []))
+        runs[-1][1].append(rows)
+        end = start + len(rows)
+    return runs

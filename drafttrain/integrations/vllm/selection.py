@@ -27,6 +27,11 @@ class Selection:
         self._bytes = float(self._rate or 0)
         self._filled_at = clock()
 
+    @property
+    def rationed(self) -> bool:
+        """Whether it matters what was spent before a request."""
+        return self._rate is not None
+
     def keeps(self, group: str) -> bool:
         """Whether to keep a rollout of this prompt group; groups stay whole under a fraction."""
         if self._rate is not None and self._budget() <= 0:
