@@ -1,13 +1,15 @@
-"""Offline training against the pipeline of speculators 0.9, on the same rollouts and policy.
+"""Offline training against the pipeline of a peer, on the same rollouts and policy.
 
     python -m benchmarks.pretrain --json                 # a policy is trained first (2 minutes)
+    python -m benchmarks.pretrain --peer specforge --steps 375 --json
     python -m benchmarks.pretrain --policy DIR --rollouts 1000 --json
 
 Both start from saved token ids and end with a checkpoint that vLLM loads; wall time and peak disk
 are of all that lies between. Acceptance length is counted by a vLLM engine on prompts that neither
 has seen, at temperature 1 with probabilistic drafts. ``wall_ratio`` and ``disk_ratio`` are the
-peer's over ours: the claim holds when ours accepts at least as much. With ``--saturation`` the
-other figure is taken: how near a run comes to one of ten times its steps.
+peer's over ours: the claim holds when ours accepts at least as much. ``tokens`` and
+``peer_tokens`` are what each trained on, repetitions counted. With ``--saturation`` the other
+figure is taken: how near a run comes to one of ten times its steps.
 """
 
 from __future__ import annotations
@@ -106,9 +108,11 @@ def ours(policy: Path, rollouts: Path, folder: Path, steps: int) -> tuple[Cost, 
     return cost, summary
 
 
-def peer(policy: Path, rollouts: Path, folder: Path, epochs: int) -> tuple[Cost, Path]:
-    """Saved rollouts to a checkpoint of speculators."""
-    from benchmarks import speculators_pipeline
+def peer(
+    name: str, policy: Path, rollouts: Path, folder: Path, epochs: int
+) -> tuple[Cost, Path, int]:
+    """Saved rollouts to a peer's checkpoint; and how many tokens it trained on."""
+    from benchmarks import specforge_pipeline, speculators_pipeline
     from drafttrain.drafters.eagle3 import default_layer_ids
     from drafttrain.drafters.policy import PolicyShape
     from drafttrain.opening import Inputs, read_inputs
@@ -117,12 +121,14 @@ def peer(policy: Path, rollouts: Path, folder: Path, epochs: int) -> tuple[Cost,
     layer_ids = default_layer_ids(PolicyShape.from_folder(policy).num_layers)
     with measured(folder) as cost:
         saved = read_inputs(Inputs(policy, [rollouts])).rollouts
-        data = folder / "data"
-        speculators_pipeline.dump_features(policy, saved, layer_ids, data)
-        best = speculators_pipeline.train(
-            policy, layer_ids, data, folder / "checkpoints", k=K, epochs=epochs
-        )
-    return cost, best
+        out = folder / "checkpoints"
+        if name == "specforge":
+            best = specforge_pipeline.train(policy, saved, layer_ids, out, epochs)
+        else:
+            data = folder / "data"
+            speculators_pipeline.dump_features(policy, saved, layer_ids, data)
+            best = speculators_pipeline.train(policy, layer_ids, data, out, k=K, epochs=epochs)
+    return cost, best, epochs * sum(rollout.length for rollout in saved)
 
 
 def acceptance_length(policy: Path, drafter: Path) -> float:
@@ -144,17 +150,23 @@ def acceptance_length(policy: Path, drafter: Path) -> float:
 
 
 def against_peer(policy: Path, rollouts: Path, work: Path, options: Any) -> dict[str, Any]:
-    peer_cost, peer_drafter = peer(policy, rollouts, work / "peer", options.peer_epochs)
+    peer_cost, peer_drafter, peer_tokens = peer(
+        options.peer, policy, rollouts, work / "peer", options.peer_epochs
+    )
     cost, summary = ours(policy, rollouts, work / "ours", options.steps)
+    drafter = work / "ours/registry/drafter/latest"
+    manifest = json.loads((drafter / "manifest.json").read_text())
     return {
         "wall_ratio": peer_cost.seconds / cost.seconds,
         "disk_ratio": peer_cost.disk_bytes / cost.disk_bytes,
-        "acceptance_length": acceptance_length(policy, work / "ours/registry/drafter/latest"),
+        "acceptance_length": acceptance_length(policy, drafter),
         "peer_acceptance_length": acceptance_length(policy, peer_drafter),
         "estimate": summary["acceptance_length"],
         "waited": summary["waited"],
         "seconds": cost.seconds,
         "peer_seconds": peer_cost.seconds,
+        "tokens": manifest["lineage"]["tokens"],
+        "peer_tokens": peer_tokens,
         "disk_bytes": cost.disk_bytes,
         "peer_disk_bytes": peer_cost.disk_bytes,
     }
@@ -181,6 +193,7 @@ def main() -> None:
     parser.add_argument("--policy", type=Path, help="a policy of the demo; trained when absent")
     parser.add_argument("--rollouts", type=int, default=2000, help="saved rollouts")
     parser.add_argument("--steps", type=int, default=120, help="our optimizer steps")
+    parser.add_argument("--peer", choices=("speculators", "specforge"), default="speculators")
     parser.add_argument("--peer-epochs", type=int, default=3)
     parser.add_argument("--saturation", action="store_true", help="against ten times the steps")
     parser.add_argument("--json", action="store_true")

@@ -36,17 +36,30 @@ class _ReferenceLoss:
 
 
 class SpecForge(Contender):
-    def __init__(self, workload: Workload, variant: Variant) -> None:
+    """See the module.
+
+    Attributes:
+        draft: its drafter, in the variant's precision.
+        samples: what a step trains on.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        variant: Variant,
+        learning_rate: float = 1e-4,
+        total_steps: int = 800_000,
+    ) -> None:
         eagle3_model.LogSoftmaxLoss = _ReferenceLoss
         dtype = getattr(torch, variant.precision)
-        draft = _draft_model(workload).to(dtype)
+        self.draft = _draft_model(workload).to(dtype)
         model = eagle3_model.OnlineEagle3Model(
-            draft, length=workload.cell.ttt, attention_backend=ATTENTION
+            self.draft, length=workload.cell.ttt, attention_backend=ATTENTION
         )
         self.strategy = Eagle3TrainStrategy(
             model, target_head=_target_head(workload.config, workload.head).to(dtype)
         )
-        self.optimizer = BF16Optimizer(draft, lr=1e-4)
+        self.optimizer = BF16Optimizer(self.draft, lr=learning_rate, total_steps=total_steps)
         self.collate = DataCollatorWithPadding()
         self.samples = [_sample(rollout, dtype) for rollout in workload.rollouts]
         self.micro_batches = variant.micro_batches
@@ -55,7 +68,7 @@ class SpecForge(Contender):
         size = -(-len(self.samples) // self.micro_batches)
         for start in range(0, len(self.samples), size):
             part = self.samples[start : start + size]
-            length = part[0]["input_ids"].shape[-1]
+            length = max(sample["input_ids"].shape[-1] for sample in part)
             tensors = self.collate([normalize_offline_sample(raw, length) for raw in part])
             batch = TrainBatch([], "eagle3", tensors, {"target_repr": "hidden_state"})
             output = self.strategy.forward_loss(batch)
@@ -91,7 +104,7 @@ def _sample(rollout: Rollout, dtype: torch.dtype) -> dict[str, Tensor]:
     assert rollout.aux_hidden is not None
     return {
         "input_ids": rollout.tokens.long(),
-        "loss_mask": torch.ones(rollout.length, dtype=torch.long),
+        "loss_mask": (rollout.sampled_runs > 0).long(),
         "hidden_state": rollout.last_hidden.to(dtype),
         "aux_hidden_state": rollout.aux_hidden.flatten(1).to(dtype),
     }

@@ -152,12 +152,18 @@ class Assembler:
     def _add_step(self, step: Step) -> None:
         new = step.new_requests
         together = not self._steps or Stretch.together(self._steps[-1], step)
-        again = any(request.req_id in self._live for request in new)
-        if not together or again or (new and self._selection.rationed):
+        if not together or (new and (self._selection.rationed or self._known(new))):
             self._take_steps()
         self._steps.append(step)
         for request in new:
             self._open(request, step.drafter_version)
+
+    def _known(self, requests: list[Any]) -> bool:
+        """Whether one of new requests has the id of an earlier one that is not done with."""
+        return any(
+            request.req_id in self._live or any(request.req_id in s.req_ids for s in self._steps)
+            for request in requests
+        )
 
     def _take_steps(self) -> None:
         """All that were gathered; nothing refers to their memory afterwards."""
