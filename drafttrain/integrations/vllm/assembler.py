@@ -114,11 +114,11 @@ class Assembler:
                     self._add_step(item)
                 elif isinstance(item, Ended):
                     self._ended.append(item.req_id)
+                elif isinstance(item, HeadTaken):
+                    self._take_steps()
+                    self._take_head(item)
                 else:
                     self._take_steps()
-                    if isinstance(item, HeadTaken):
-                        self._take_head(item)
-                        continue
                     self._answer(item)
                     if item.last:
                         return
@@ -150,6 +150,7 @@ class Assembler:
             self._segments.write_head(item.wait())
 
     def _add_step(self, step: Step) -> None:
+        """Waits for more, unless what it opens depends on what was gathered."""
         new = step.new_requests
         together = not self._steps or Stretch.together(self._steps[-1], step)
         if not together or (new and (self._selection.rationed or self._known(new))):
