@@ -37,11 +37,14 @@ os.environ.update(ENVIRONMENT)  # before torch and vLLM are imported
 K = 3
 # Prompts that the drafters are measured on.
 PROMPTS = 256
-# As the demo trains: many small steps.
-TRAINING = (
-    "--k", str(K), "--tokens-per-step", "1024", "--learning-rate", "6e-3",
-    "--set", "training.precision=bfloat16",
-)  # fmt: skip
+# As the demo trains, in many small steps; or with all defaults.
+RECIPES = {
+    "demo": (
+        "--tokens-per-step", "1024", "--learning-rate", "6e-3",
+        "--set", "training.precision=bfloat16",
+    ),
+    "default": (),
+}  # fmt: skip
 
 
 @dataclass
@@ -94,7 +97,9 @@ def drafttrain(*arguments: object) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def ours(policy: Path, rollouts: Path, folder: Path, steps: int) -> tuple[Cost, dict[str, Any]]:
+def ours(
+    policy: Path, rollouts: Path, folder: Path, steps: int, recipe: str
+) -> tuple[Cost, dict[str, Any]]:
     """Saved rollouts to a registry version."""
     folder.mkdir()
     with measured(folder) as cost:
@@ -102,14 +107,14 @@ def ours(policy: Path, rollouts: Path, folder: Path, steps: int) -> tuple[Cost, 
         printed = drafttrain(
             "pretrain", "--target", policy, "--rollouts", rollouts, "--json",
             "--drafter", folder / "start", "--registry", folder / "registry",
-            "--out", folder / "run", "--steps", steps, *TRAINING,
+            "--out", folder / "run", "--steps", steps, "--k", K, *RECIPES[recipe],
         )  # fmt: skip
     summary: dict[str, Any] = json.loads(printed)
     return cost, summary
 
 
 def peer(
-    name: str, policy: Path, rollouts: Path, folder: Path, epochs: int
+    name: str, policy: Path, rollouts: Path, folder: Path, epochs: int, learning_rate: float
 ) -> tuple[Cost, Path, int]:
     """Saved rollouts to a peer's checkpoint; and how many tokens it trained on."""
     from benchmarks import specforge_pipeline, speculators_pipeline
@@ -121,13 +126,17 @@ def peer(
     layer_ids = default_layer_ids(PolicyShape.from_folder(policy).num_layers)
     with measured(folder) as cost:
         saved = read_inputs(Inputs(policy, [rollouts])).rollouts
-        out = folder / "checkpoints"
+        out = folder / "out"
         if name == "specforge":
-            best = specforge_pipeline.train(policy, saved, layer_ids, out, epochs)
+            best = specforge_pipeline.train(
+                policy, saved, layer_ids, out, epochs=epochs, learning_rate=learning_rate
+            )
         else:
             data = folder / "data"
             speculators_pipeline.dump_features(policy, saved, layer_ids, data)
-            best = speculators_pipeline.train(policy, layer_ids, data, out, k=K, epochs=epochs)
+            best = speculators_pipeline.train(
+                policy, layer_ids, data, out, k=K, epochs=epochs, learning_rate=learning_rate
+            )
     return cost, best, epochs * sum(rollout.length for rollout in saved)
 
 
@@ -151,9 +160,14 @@ def acceptance_length(policy: Path, drafter: Path) -> float:
 
 def against_peer(policy: Path, rollouts: Path, work: Path, options: Any) -> dict[str, Any]:
     peer_cost, peer_drafter, peer_tokens = peer(
-        options.peer, policy, rollouts, work / "peer", options.peer_epochs
+        options.peer,
+        policy,
+        rollouts,
+        work / "peer",
+        options.peer_epochs,
+        options.peer_learning_rate,
     )
-    cost, summary = ours(policy, rollouts, work / "ours", options.steps)
+    cost, summary = ours(policy, rollouts, work / "ours", options.steps, options.recipe)
     drafter = work / "ours/registry/drafter/latest"
     manifest = json.loads((drafter / "manifest.json").read_text())
     return {
@@ -173,8 +187,8 @@ def against_peer(policy: Path, rollouts: Path, work: Path, options: Any) -> dict
 
 
 def saturation(policy: Path, rollouts: Path, work: Path, options: Any) -> dict[str, Any]:
-    cost, summary = ours(policy, rollouts, work / "short", options.steps)
-    ours(policy, rollouts, work / "long", 10 * options.steps)
+    cost, summary = ours(policy, rollouts, work / "short", options.steps, options.recipe)
+    ours(policy, rollouts, work / "long", 10 * options.steps, options.recipe)
     short, long = (
         acceptance_length(policy, work / name / "registry/drafter/latest")
         for name in ("short", "long")
@@ -194,7 +208,9 @@ def main() -> None:
     parser.add_argument("--rollouts", type=int, default=2000, help="saved rollouts")
     parser.add_argument("--steps", type=int, default=120, help="our optimizer steps")
     parser.add_argument("--peer", choices=("speculators", "specforge"), default="speculators")
+    parser.add_argument("--recipe", choices=RECIPES, default="demo", help="ours")
     parser.add_argument("--peer-epochs", type=int, default=3)
+    parser.add_argument("--peer-learning-rate", type=float, default=1e-3)
     parser.add_argument("--saturation", action="store_true", help="against ten times the steps")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

@@ -3,7 +3,7 @@
 What of it needs a GPU is replaced as in ``benchmarks/peers/specforge_eagle3.py``. Features stay in
 memory, where it would write them to disk and read them back, so its time is a lower bound. Its
 batch of one rollout is for long ones: here as many make a batch as come to about as many tokens as
-drafttrain's step has. The learning rate is ten times its default, to fit so small a policy.
+drafttrain's step has.
 """
 
 from __future__ import annotations
@@ -26,11 +26,16 @@ from drafttrain.training.teacher import TransformersTeacher
 
 DEPTHS = 7
 BATCH = 16
-LEARNING_RATE = 1e-3
 
 
 def train(
-    target: Path, rollouts: Sequence[SavedRollout], layer_ids: Sequence[int], out: Path, epochs: int
+    target: Path,
+    rollouts: Sequence[SavedRollout],
+    layer_ids: Sequence[int],
+    out: Path,
+    *,
+    epochs: int,
+    learning_rate: float,
 ) -> Path:
     """Train on all of `rollouts`, `epochs` times; returns a folder that vLLM loads."""
     teacher = TransformersTeacher(target, layer_ids)
@@ -46,7 +51,7 @@ def train(
     cell = Cell(config.hidden_size, config.vocab_size, BATCH * longest, longest, DEPTHS)
     workload = Workload(cell, config, teacher.layout, taught, teacher.head)
     steps = epochs * (len(taught) // BATCH)
-    trainer = SpecForge(workload, Variant("bfloat16"), LEARNING_RATE, steps)
+    trainer = SpecForge(workload, Variant("bfloat16"), learning_rate, steps)
     samples, shuffle = trainer.samples, random.Random(0)
     for _ in range(epochs):
         shuffle.shuffle(samples)

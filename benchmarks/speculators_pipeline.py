@@ -3,8 +3,8 @@
 Its features come from a vLLM server whose connector needs a GPU, so they are written here, in its
 layout, by transformers; that is no slower. Its trainer asks for an accelerator in three places,
 which are pointed at the CPU; flex attention and its Triton loss have no CPU form, so its ``sdpa``
-and ``eager`` ones are used. Nothing else is changed: optimizer and schedule are its defaults, the
-learning rate is one that fits so small a policy.
+and ``eager`` ones are used. Nothing else is changed: optimizer and schedule are its defaults, but
+for the learning rate, which has to fit so small a policy.
 """
 
 from __future__ import annotations
@@ -63,7 +63,14 @@ def dump_features(
 
 
 def train(
-    target: Path, layer_ids: Sequence[int], data: Path, out: Path, *, k: int, epochs: int
+    target: Path,
+    layer_ids: Sequence[int],
+    data: Path,
+    out: Path,
+    *,
+    k: int,
+    epochs: int,
+    learning_rate: float,
 ) -> Path:
     """Run its trainer; returns the checkpoint it holds best.
 
@@ -86,7 +93,7 @@ def train(
         "total-seq-len": 2048,
         "num-workers": 0,
         "ttt-steps": k,
-        "lr": 1e-3,
+        "lr": learning_rate,
         "epochs": epochs,
         "save-path": out,
     }

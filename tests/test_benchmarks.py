@@ -44,7 +44,9 @@ def test_specforges_recipe_ends_with_a_drafter(tmp_path: Path) -> None:
     file.write_text(f"{row}\n" * (2 * specforge_pipeline.BATCH))
     saved = read_inputs(Inputs(policy, [file])).rollouts
     with torch.compiler.set_stance("force_eager"):
-        folder = specforge_pipeline.train(policy, saved, (1, 2, 3), tmp_path / "drafter", epochs=1)
+        folder = specforge_pipeline.train(
+            policy, saved, (1, 2, 3), tmp_path / "drafter", epochs=1, learning_rate=1e-3
+        )
     drafter = load_drafter(folder, PolicyShape.from_folder(policy))
     assert drafter.kind == "eagle3"
     assert drafter.layer_ids == (1, 2, 3)
