@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.models.llama.modeling_llama import rotate_half
 
-import drafttrain.drafters.attention as attention
-from drafttrain.drafters.attention import AttentionPlan, KeysValues, attend
+import drafttrain.drafters.attention_plan as attention_plan
+from drafttrain.drafters.attention import KeysValues, attend
+from drafttrain.drafters.attention_plan import AttentionPlan
 from drafttrain.drafters.batch import Batch
 from drafttrain.drafters.kernels import rotate, swiglu, take_rows, unit_rms
 
@@ -90,7 +91,7 @@ def test_attend(sizes: list[tuple[int, int]], depths: int, square_at_once: int) 
     keys = [normal(slots if d == 0 else rounds, 2, 8, seed=10 + d) for d in range(depths)]
     values = [normal(slots if d == 0 else rounds, 2, 8, seed=20 + d) for d in range(depths)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "SQUARE_AT_ONCE", square_at_once)
+        patch.setattr(attention_plan, "SQUARE_AT_ONCE", square_at_once)
         got = attended(query, keys, values, batch)
         assert_same(got, plain_attention(batch, query, keys, values), query, *keys, *values)
 

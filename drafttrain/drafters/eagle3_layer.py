@@ -10,7 +10,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from drafttrain.checkpoints.eagle3_format import QWEN3
-from drafttrain.drafters.attention import AttentionPlan, KeysValues, attend
+from drafttrain.drafters.attention import KeysValues, attend
+from drafttrain.drafters.attention_plan import AttentionPlan
 from drafttrain.drafters.batch import Batch, pad_rows
 from drafttrain.drafters.kernels import rotate, swiglu, take_rows, unit_rms
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
 
-from drafttrain.drafters.attention import AttentionPlan, KeysValues, attend
+from drafttrain.drafters.attention import KeysValues, attend
+from drafttrain.drafters.attention_plan import AttentionPlan
 from drafttrain.drafters.batch import Batch
 
 _NAME = "drafttrain_rounds"

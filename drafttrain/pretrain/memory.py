@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from drafttrain.config import PretrainConfig
-from drafttrain.drafters.attention import SQUARE_AT_ONCE
+from drafttrain.drafters.attention_plan import SQUARE_AT_ONCE
 from drafttrain.drafters.contract import Drafter
 from drafttrain.drafters.policy import PolicyShape
 from drafttrain.errors import ConfigError

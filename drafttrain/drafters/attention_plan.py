@@ -1,0 +1,129 @@
+"""How attention goes in a batch: rollouts of similar length together, laid out in padded blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from drafttrain.drafters.batch import Batch
+
+# Slots squared that are attended to together, over all rollouts of a group; bounds the scores.
+SQUARE_AT_ONCE = 1 << 19
+# Share of a group's scores that may be padding.
+_PADDING = 0.25
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where some packed rows lie in a group's [rollouts, size] block.
+
+    Attributes:
+        rows: the rows in the packed tensor.
+        places: int64 [n], their places in the block; None when they fill it in order.
+    """
+
+    rows: slice
+    places: Tensor | None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rollouts attended to together, each padded behind to the longest.
+
+    A round stands at the place of its slot, so that attention is plainly causal; the places of
+    slots that start no round hold zeros.
+
+    Attributes:
+        rollouts: how many.
+        size: slots of the longest.
+        slots, rounds: their context and their queries.
+    """
+
+    rollouts: int
+    size: int
+    slots: Placed
+    rounds: Placed
+
+    def block(self, packed: Tensor, placed: Placed, spare: int = 0) -> Tensor:
+        """[N, heads, d] to [rollouts * heads, size, d + spare]; empty places are zero.
+
+        What stands in the spare columns is left to the caller.
+        """
+        rows = packed[placed.rows]
+        if placed.places is not None:
+            filled = rows.new_zeros(self.rollouts * self.size, *rows.shape[1:])
+            filled[placed.places] = rows
+            rows = filled
+        by_head = rows.view(self.rollouts, self.size, *rows.shape[1:]).transpose(1, 2)
+        block = rows.new_empty(*by_head.shape[:-1], rows.shape[-1] + spare)
+        block[..., : rows.shape[-1]] = by_head
+        return block.flatten(0, 1)
+
+    def unblock(self, block: Tensor, placed: Placed, packed: Tensor) -> None:
+        """Write [rollouts * heads, size, d + spare] back to its rows of [N, heads, d]."""
+        heads, width = packed.shape[1:]
+        rows = block[..., :width].unflatten(0, (self.rollouts, heads)).transpose(1, 2)
+        if placed.places is None:
+            packed[placed.rows].view(rows.shape).copy_(rows)
+        else:
+            packed[placed.rows] = rows.flatten(0, 1)[placed.places]
+
+    def tiles(self) -> Iterator[tuple[int, int]]:
+        """Queries [start, stop) at a time; the last first, which see the most keys."""
+        step = max(1, SQUARE_AT_ONCE // (self.rollouts * self.size))
+        for stop in range(self.size, 0, -step):
+            yield max(stop - step, 0), stop
+
+
+class AttentionPlan:
+    """How the rollouts of a batch are grouped for attention; made once, used at every depth."""
+
+    def __init__(self, batch: Batch, queries: Tensor | None = None) -> None:
+        """Plan for queries from every round, or from those slots where `queries`, bool [S], is."""
+        queries = batch.starts_round if queries is None else queries
+        rollout_of = batch.rollout_of[batch.slots]
+        slots = torch.bincount(rollout_of, minlength=len(batch.lengths))
+        within = torch.arange(len(rollout_of), device=slots.device)
+        within -= (slots.cumsum(0) - slots)[rollout_of]
+        self.groups = list(_groups(slots.tolist(), rollout_of, within, queries))
+
+
+def _groups(
+    slots: list[int], rollout_of: Tensor, within: Tensor, queries: Tensor
+) -> Iterator[Group]:
+    """Neighbours of similar length, as many as keep the scores few and the padding low.
+
+    Args:
+        slots: how many each rollout has.
+        rollout_of, within: int64 [S], each slot's rollout and its place there.
+        queries: bool [S], where a query comes from.
+    """
+    start, slot, row = 0, 0, 0
+    while start < len(slots):
+        stop = start + 1
+        while stop < len(slots) and _fit_together(slots[start : stop + 1]):
+            stop += 1
+        size, here = max(slots[start:stop]), slice(slot, slot + sum(slots[start:stop]))
+        places = (rollout_of[here] - start) * size + within[here]
+        asking = places[queries[here]]
+        if size:
+            yield Group(
+                stop - start,
+                size,
+                _placed(here.start, places, (stop - start) * size),
+                _placed(row, asking, (stop - start) * size),
+            )
+        start, slot, row = stop, here.stop, row + len(asking)
+
+
+def _fit_together(slots: list[int]) -> bool:
+    square = len(slots) * max(slots) ** 2
+    return square <= SQUARE_AT_ONCE and square * (1 - _PADDING) <= sum(s * s for s in slots)
+
+
+def _placed(first_row: int, places: Tensor, size: int) -> Placed:
+    rows = slice(first_row, first_row + len(places))
+    return Placed(rows, None if len(places) == size else places)
