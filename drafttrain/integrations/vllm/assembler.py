@@ -25,7 +25,7 @@ from drafttrain.integrations.vllm.stretch import Stretch
 from drafttrain.rollouts.spool import SpoolWriter
 
 # Steps gather this long before the thread takes them: each time it wakes, the engine's thread may
-# have to wait for the interpreter lock, and many steps together take little longer than one.
+# have to wait for the interpreter lock, and steps together take less of it than one by one.
 _GATHER_SECONDS = 0.2
 
 

@@ -1,4 +1,4 @@
-"""Steps in a row, taken together: per step and request there is little left to do in Python.
+"""Steps in a row, taken together, which takes less Python than one by one.
 
 Whatever the tap's thread does under Python's lock, the engine's thread waits for.
 """
