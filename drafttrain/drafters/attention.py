@@ -9,13 +9,15 @@ output and log-sum-exp, each part's gradient can be taken alone, and its weights
 instead of stored. Rollouts are attended to one by one or in groups of similar length, so cost grows
 with the sum of their squared lengths, never with the square of the batch.
 
-Batched products do most of it. What is subtracted from a score (a log-sum-exp) or from a slope is
-subtracted inside the product, by spare columns that hold ones on one side and its *terms* on the
-other: no pass of its own, and in bfloat16 only the small difference is rounded.
+Batched products do most of it. In bfloat16, what is subtracted from a score (a log-sum-exp) or from
+a slope is subtracted inside the product, by spare columns that hold ones on one side and its *terms*
+on the other, so that only the small difference is rounded. Scores are powers of two, not of e: on a
+CPU the exponential of masked scores is several times as fast.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -29,8 +31,9 @@ from torch import Tensor
 from drafttrain.drafters.attention_plan import AttentionPlan, Group
 from drafttrain.drafters.kernels import wide
 
+_LN2 = math.log(2.0)
 # What a round's weights may add up to, that of its own slot being 1. Beyond it scores lie so far
-# above that one (some 14 in bfloat16) that what they differ by is rounded too much, or overflows.
+# above that one (some 20 in bfloat16) that what they differ by is rounded too much, or overflows.
 _SUM_LIMIT, _SUM_LIMIT_SHORT = 1e30, float(1 << 20)
 # How often a round may be weighed again, relative to what its weights added up to.
 _MOST_PASSES = 16
@@ -67,7 +70,7 @@ class KeysValues:
 
 
 class _Context(torch.autograd.Function):
-    """Lays rows out in the blocks of a plan, once for all depths, with ones behind them."""
+    """Lays rows out in the blocks of a plan, once for all depths, ones in their spare columns."""
 
     @staticmethod
     def forward(ctx: Any, plan: AttentionPlan, packed: Tensor) -> tuple[Tensor, ...]:
@@ -105,7 +108,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: AttentionPlan, query: Tensor, *keys_values: Tensor) -> Tensor:
         context_keys, context_values, keys, values = _parts(plan, keys_values)
-        scaled = query * (1.0 / math.sqrt(query.shape[-1]))
+        scaled = query * (1.0 / (_LN2 * math.sqrt(query.shape[-1])))
         out = torch.zeros_like(scaled)
         lse = out.new_zeros(*out.shape[:2], 1, dtype=wide(out))
         for group, k, v in zip(plan.groups, context_keys, context_values, strict=True):
@@ -117,8 +120,8 @@ class _Attend(torch.autograd.Function):
         own = []  # weights of what the rounds drafted themselves, [R, heads, 1] each
         if keys:
             scores = torch.stack([lse, *(_dot(scaled, key) for key in keys)])
-            lse = scores.logsumexp(0)
-            of_context, *own = scores.sub_(lse).exp_().to(out.dtype)
+            lse = functools.reduce(torch.logaddexp2, scores)
+            of_context, *own = scores.sub_(lse).exp2_().to(out.dtype)
             out *= of_context
             for weight, value in zip(own, values, strict=True):
                 out.addcmul_(weight, value)
@@ -132,12 +135,12 @@ class _Attend(torch.autograd.Function):
         context_keys, context_values, keys, values = _parts(ctx.plan, keys_values)
         grad = grads[0].contiguous()
         delta = _dot(grad, out)
-        scores_of, slopes_of = _with_terms(scaled, -lse), _with_terms(grad, -delta)
         grad_query = torch.zeros_like(scaled)
         of_context_keys, of_context_values = [], []
         for group, k, v in zip(ctx.plan.groups, context_keys, context_values, strict=True):
-            q, g = (group.block(rows, group.rounds) for rows in (scores_of, slopes_of))
-            gq, gk, gv = _causal_backward(q, k, v, g, group)
+            q, g = (group.block(rows, group.rounds, _spare(rows)) for rows in (scaled, grad))
+            shift, mean = (group.block(rows, group.rounds) for rows in (lse, delta))
+            gq, gk, gv = _causal_backward(q, k, v, g, shift, mean, group)
             group.unblock(gq, group.rounds, grad_query)
             of_context_keys.append(gk)
             of_context_values.append(gv)
@@ -164,7 +167,7 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, group: Group) -> tuple[Te
     On a CPU this takes about half the time of torch's fused kernel.
 
     Args:
-        query: [rollouts * heads, size, d + spare]; its terms are overwritten.
+        query: [rollouts * heads, size, d + spare]; what its spare columns hold is overwritten.
         key, value: [rollouts * heads, size, d + spare], with ones.
 
     Returns:
@@ -173,14 +176,15 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, group: Group) -> tuple[Te
     out = torch.empty_like(query)
     width = query.shape[-1] - _spare(query)
     lse = _dot(query[..., :width], key[..., :width])
-    limit = _SUM_LIMIT if query.dtype == lse.dtype else _SUM_LIMIT_SHORT
+    limit = _SUM_LIMIT_SHORT if _spare(query) else _SUM_LIMIT
     for start, stop in group.tiles():
         q, k, v, shift = query[:, start:stop], key[:, :stop], value[:, :stop], lse[:, start:stop]
         for _ in range(_MOST_PASSES):
-            _put_terms(q, -shift)
-            summed = torch.bmm(_weights(k, q, start).mT, v)
-            total = summed[..., -1:]  # the value's ones add the weights up
-            shift += total.to(shift.dtype).clamp_max(_SUM_LIMIT).log_()
+            weights = _weights(k, q, shift, start)
+            summed = torch.bmm(weights.mT, v)
+            # A value's ones add the weights up.
+            total = summed[..., -1:] if _spare(v) else weights.sum(1)[..., None]
+            shift += total.to(shift.dtype).clamp_max(_SUM_LIMIT).log2_()
             if not bool(total.max() > limit):
                 break
         torch.div(summed, total, out=out[:, start:stop])
@@ -195,30 +199,37 @@ def _causal_fused(query: Tensor, key: Tensor, value: Tensor, group: Group) -> tu
         for block in (query, key, value)
     )
     out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-        q, k, v, None, True, 0.0, True, scale=1.0
+        q, k, v, None, True, 0.0, True, scale=_LN2
     )
     # The kernel pads its rows of log-sum-exp.
-    return out.flatten(0, 1), lse[..., : group.size].flatten(0, 1)[..., None]
+    return out.flatten(0, 1), lse[..., : group.size].flatten(0, 1)[..., None] / _LN2
 
 
 def _causal_backward(
-    scores_of: Tensor, key: Tensor, value: Tensor, slopes_of: Tensor, group: Group
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    group: Group,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`_causal`, whose weights are ``exp(scores - lse)``.
+    """Gradients of :func:`_causal`, whose weights are ``exp2(scores - lse)``.
 
     Args:
-        scores_of, slopes_of: queries, and gradients of the output, with their terms.
+        query, grad: queries, and gradients of the output; their spare columns are overwritten.
         key, value: with ones.
+        lse, delta: [rollouts * heads, size, 1], wide: log-sum-exp, and the mean of the slopes.
 
     Returns:
-        those of query, key and value, of which d columns count.
+        those of query (times the square root of d), key and value, of which d columns count.
     """
-    grad_q = torch.empty_like(scores_of)
+    grad_q = torch.empty_like(query)
     for start, stop in group.tiles():
-        q, g = scores_of[:, start:stop], slopes_of[:, start:stop]
+        q, g = query[:, start:stop], grad[:, start:stop]
         k, v = key[:, :stop], value[:, :stop]
-        weights = _weights(k, q, start)
-        slopes = torch.bmm(v, g.mT).mul_(weights)
+        weights = _weights(k, q, lse[:, start:stop], start)
+        slopes = _slopes(v, g, delta[:, start:stop], weights)
         grad_q[:, start:stop] = torch.bmm(slopes.mT, k)
         of_keys, of_values = torch.bmm(slopes, q), torch.bmm(weights, g)
         if stop == group.size:
@@ -227,46 +238,51 @@ def _causal_backward(
         else:
             grad_k[:, :stop] += of_keys
             grad_v[:, :stop] += of_values
-    return grad_q, grad_k.to(key.dtype), grad_v.to(key.dtype)
+    return grad_q, grad_k.mul_(_LN2).to(key.dtype), grad_v.to(key.dtype)
 
 
-def _weights(key: Tensor, scores_of: Tensor, start: int) -> Tensor:
-    """``exp(scores)`` of queries [start, stop), zero for slots after the query's own.
+def _weights(key: Tensor, query: Tensor, shift: Tensor, start: int) -> Tensor:
+    """``exp2(scores - shift)`` of queries [start, stop), zero for slots after the query's own.
 
     Args:
         key: [.., stop, d + spare], with ones.
-        scores_of: [.., stop - start, d + spare], with terms.
+        query: [.., stop - start, d + spare]; its spare columns are overwritten.
+        shift: [.., stop - start, 1], wide.
 
     Returns:
         [.., stop, stop - start]; with keys in rows most products need no transpose.
     """
-    after = key.new_full((key.shape[1], scores_of.shape[1]), -math.inf).tril_(-1 - start)
-    return torch.baddbmm(after, key, scores_of.mT).exp_()
+    after = key.new_full((key.shape[1], query.shape[1]), -math.inf).tril_(-1 - start)
+    if _spare(query):
+        _put_terms(query, -shift)
+        return torch.baddbmm(after, key, query.mT).exp2_()
+    return (after - shift.mT).baddbmm_(key, query.mT).exp2_()
+
+
+def _slopes(value: Tensor, grad: Tensor, delta: Tensor, weights: Tensor) -> Tensor:
+    """Gradients of scores (to the base e), laid out as :func:`_weights`."""
+    if _spare(grad):
+        _put_terms(grad, -delta)
+        return torch.bmm(value, grad.mT).mul_(weights)
+    return torch.bmm(value, grad.mT).sub_(delta.mT).mul_(weights)
 
 
 def _spare(like: Tensor) -> int:
-    """Columns for a number of float32 precision: two in a shorter dtype, or one.
+    """Columns for a number of float32 precision in a shorter dtype: two.
 
-    A GPU's products want rows of whole 16 bytes.
+    Wider ones need none, and a GPU's products want rows of whole 16 bytes.
     """
-    if like.is_cuda:
-        return 8
-    return 1 if like.dtype == wide(like) else 2
+    if like.dtype == wide(like):
+        return 0
+    return 8 if like.is_cuda else 2
 
 
 def _put_terms(x: Tensor, term: Tensor) -> None:
     """Write `term`, [.., 1], into the spare columns of `x`, which add up to it."""
     high = term.to(x.dtype)
-    terms = [high] if high.dtype == term.dtype else [high, (term - high).to(x.dtype)]
+    low = (term - high).to(x.dtype)
     spare = _spare(x)
-    x[..., -spare:] = F.pad(torch.cat(terms, -1), (spare - len(terms), 0))
-
-
-def _with_terms(x: Tensor, term: Tensor) -> Tensor:
-    """`x` with `term` in columns of its own behind it."""
-    extended = F.pad(x, (0, _spare(x)))
-    _put_terms(extended, term)
-    return extended
+    x[..., -spare:] = F.pad(torch.cat([high, low], -1), (spare - 2, 0))
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -279,4 +295,4 @@ def _own_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A drafted slot's part of the gradients of query, key and value, [R, heads, d] each."""
     slope = (_dot(grad, value) - delta).to(grad.dtype) * weight
-    return slope * key, slope * scaled, grad * weight
+    return slope * key, slope * scaled * _LN2, grad * weight
