@@ -9,10 +9,10 @@ output and log-sum-exp, each part's gradient can be taken alone, and its weights
 instead of stored. Rollouts are attended to one by one or in groups of similar length, so cost grows
 with the sum of their squared lengths, never with the square of the batch.
 
-Batched products do most of it. In bfloat16, what is subtracted from a score (a log-sum-exp) or from
-a slope is subtracted inside the product, by spare columns that hold ones on one side and its *terms*
-on the other, so that only the small difference is rounded. Scores are powers of two, not of e: on a
-CPU the exponential of masked scores is several times as fast.
+Batched products do most of it. In bfloat16, what is subtracted from a score (a log-sum-exp) or
+from a slope is subtracted inside the product, by spare columns that hold ones on one side and its
+*terms* on the other, so that only the small difference is rounded. Scores are powers of two, not of
+e: on a CPU the exponential of masked scores is several times as fast.
 """
 
 from __future__ import annotations
