@@ -33,7 +33,10 @@ Array = NDArray[np.float64]
 
 
 class StepModel(ABC):
-    """What a step costs, by batch, mean context and k; arrays broadcast against each other."""
+    """What a step costs, by batch, mean context and k; arrays broadcast against each other.
+
+    Every part is affine in the context: so much at none, and so much for each token of it.
+    """
 
     @abstractmethod
     def parts(self, batch: Any, context: Any, k: Any) -> dict[str, Array]:

@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from drafttrain.config import Fraction, Section, parsed
 from drafttrain.control.economics import EngineCost
@@ -51,7 +51,7 @@ class Responses(Section):
         if self.measured is not None:
             lengths = np.quantile(self.measured, quantiles, method="inverted_cdf")
         else:
-            lengths = self.median * np.exp(self.spread * norm.ppf(quantiles))
+            lengths = self.median * np.exp(self.spread * ndtri(quantiles))
         return np.clip(lengths, 1.0, self.cap)
 
 
