@@ -113,7 +113,7 @@ def draft_one_round(
 def test_unroll_equals_drafting_token_by_token(
     norm_before_residual: bool, square_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention_plan, "SQUARE_AT_ONCE", square_at_once)
+    monkeypatch.setattr(attention_plan, "square_at_once", lambda dtype: square_at_once)
     policy = making.policy_shape()
     drafter = tiny_drafter(policy)
     drafter.layers[0].norm_before_residual = norm_before_residual
@@ -143,7 +143,7 @@ def test_rollouts_of_a_batch_do_not_see_each_other(
     prompts = [prompt for prompt, _ in sizes]
     batch = tiny_batch(policy, [prompt + completion for prompt, completion in sizes], prompts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_plan, "SQUARE_AT_ONCE", square_at_once)
+        patch.setattr(attention_plan, "square_at_once", lambda dtype: square_at_once)
         together = drafter.unroll(batch, embed, DEPTHS)
         for rollout in range(len(sizes)):
             alone = one_of(batch, rollout)

@@ -71,7 +71,7 @@ def plain_attention(
 
 
 def attended(query: Tensor, keys: list[Tensor], values: list[Tensor], batch: Batch) -> Tensor:
-    kept, plan = KeysValues(), AttentionPlan(batch)
+    kept, plan = KeysValues(), AttentionPlan(batch, query.dtype)
     for key, value in zip(keys, values, strict=True):
         kept.add(key, value, plan)
     return attend(query, kept, plan)
@@ -91,7 +91,7 @@ def test_attend(sizes: list[tuple[int, int]], depths: int, square_at_once: int) 
     keys = [normal(slots if d == 0 else rounds, 2, 8, seed=10 + d) for d in range(depths)]
     values = [normal(slots if d == 0 else rounds, 2, 8, seed=20 + d) for d in range(depths)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_plan, "SQUARE_AT_ONCE", square_at_once)
+        patch.setattr(attention_plan, "square_at_once", lambda dtype: square_at_once)
         got = attended(query, keys, values, batch)
         assert_same(got, plain_attention(batch, query, keys, values), query, *keys, *values)
 

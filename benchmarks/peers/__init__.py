@@ -47,7 +47,7 @@ MODULES = {
     "speculators": "benchmarks.peers.speculators_eagle3",
     "specforge": "benchmarks.peers.specforge_eagle3",
 }
-PRECISIONS: tuple[Precision, ...] = ("bfloat16", "float32")
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 
 
 def load(name: str) -> type[Contender]:

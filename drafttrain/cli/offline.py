@@ -136,6 +136,7 @@ def _draft_ids(rollouts: Path | None, vocab_size: int, size: int) -> Any:
 
 
 def _pretrain(options: argparse.Namespace) -> None:
+    config = _pretrain_config(options)  # what is wrong with it is said before the slow imports
     from drafttrain.pretrain.command import PretrainCommand
     from drafttrain.pretrain.display import show_pretrain
 
@@ -144,7 +145,7 @@ def _pretrain(options: argparse.Namespace) -> None:
         drafter=options.drafter,
         registry=options.registry,
         out=options.out,
-        config=_pretrain_config(options),
+        config=config,
         resume=options.resume,
         memory=None if options.memory is None else int(options.memory * 2**30),
         sharded=options.shard,

@@ -10,10 +10,17 @@ from torch import Tensor
 
 from drafttrain.drafters.batch import Batch
 
-# Slots squared that are attended to together, over all rollouts of a group; bounds the scores.
-SQUARE_AT_ONCE = 1 << 19
 # Share of a group's scores that may be padding.
 _PADDING = 0.25
+
+
+def square_at_once(dtype: torch.dtype) -> int:
+    """Slots squared that are attended to together, over all rollouts of a group.
+
+    It bounds the scores that exist at once. In float32 fewer fit a processor's cache, and its
+    slower products hide what an operation costs to start.
+    """
+    return 1 << (19 if dtype.itemsize == 2 else 17)
 
 
 @dataclass(frozen=True)
@@ -39,11 +46,13 @@ class Group:
     Attributes:
         rollouts: how many.
         size: slots of the longest.
+        tile: queries of each that are attended from at a time.
         slots, rounds: their context and their queries.
     """
 
     rollouts: int
     size: int
+    tile: int
     slots: Placed
     rounds: Placed
 
@@ -73,26 +82,29 @@ class Group:
 
     def tiles(self) -> Iterator[tuple[int, int]]:
         """Queries [start, stop) at a time; the last first, which see the most keys."""
-        step = max(1, SQUARE_AT_ONCE // (self.rollouts * self.size))
-        for stop in range(self.size, 0, -step):
-            yield max(stop - step, 0), stop
+        for stop in range(self.size, 0, -self.tile):
+            yield max(stop - self.tile, 0), stop
 
 
 class AttentionPlan:
     """How the rollouts of a batch are grouped for attention; made once, used at every depth."""
 
-    def __init__(self, batch: Batch, queries: Tensor | None = None) -> None:
-        """Plan for queries from every round, or from those slots where `queries`, bool [S], is."""
+    def __init__(self, batch: Batch, dtype: torch.dtype, queries: Tensor | None = None) -> None:
+        """Plan for queries from every round, or from those slots where `queries`, bool [S], is.
+
+        `dtype` is what scores are computed in.
+        """
         queries = batch.starts_round if queries is None else queries
         rollout_of = batch.rollout_of[batch.slots]
         slots = torch.bincount(rollout_of, minlength=len(batch.lengths))
         within = torch.arange(len(rollout_of), device=slots.device)
         within -= (slots.cumsum(0) - slots)[rollout_of]
-        self.groups = list(_groups(slots.tolist(), rollout_of, within, queries))
+        at_once = square_at_once(dtype)
+        self.groups = list(_groups(slots.tolist(), rollout_of, within, queries, at_once))
 
 
 def _groups(
-    slots: list[int], rollout_of: Tensor, within: Tensor, queries: Tensor
+    slots: list[int], rollout_of: Tensor, within: Tensor, queries: Tensor, at_once: int
 ) -> Iterator[Group]:
     """Neighbours of similar length, as many as keep the scores few and the padding low.
 
@@ -100,11 +112,12 @@ def _groups(
         slots: how many each rollout has.
         rollout_of, within: int64 [S], each slot's rollout and its place there.
         queries: bool [S], where a query comes from.
+        at_once: see :func:`square_at_once`.
     """
     start, slot, row = 0, 0, 0
     while start < len(slots):
         stop = start + 1
-        while stop < len(slots) and _fit_together(slots[start : stop + 1]):
+        while stop < len(slots) and _fit_together(slots[start : stop + 1], at_once):
             stop += 1
         size, here = max(slots[start:stop]), slice(slot, slot + sum(slots[start:stop]))
         places = (rollout_of[here] - start) * size + within[here]
@@ -113,15 +126,16 @@ def _groups(
             yield Group(
                 stop - start,
                 size,
+                max(1, at_once // ((stop - start) * size)),
                 _placed(here.start, places, (stop - start) * size),
                 _placed(row, asking, (stop - start) * size),
             )
         start, slot, row = stop, here.stop, row + len(asking)
 
 
-def _fit_together(slots: list[int]) -> bool:
+def _fit_together(slots: list[int], at_once: int) -> bool:
     square = len(slots) * max(slots) ** 2
-    return square <= SQUARE_AT_ONCE and square * (1 - _PADDING) <= sum(s * s for s in slots)
+    return square <= at_once and square * (1 - _PADDING) <= sum(s * s for s in slots)
 
 
 def _placed(first_row: int, places: Tensor, size: int) -> Placed:

@@ -71,6 +71,11 @@ class Drafter(nn.Module, ABC):
         """
 
     @property
+    @abstractmethod
+    def hidden_size(self) -> int:
+        """H_drafter, width of its hidden states."""
+
+    @property
     def draft_ids(self) -> Tensor | None:
         """Target ids of the head's rows, int64 [Vd], ascending; None when they are all of V."""
         return None

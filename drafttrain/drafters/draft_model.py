@@ -49,6 +49,10 @@ class DraftModel(Drafter):
         super().__init__()
         self.model = model
 
+    @property
+    def hidden_size(self) -> int:
+        return int(self.model.config.get_text_config().hidden_size)
+
     def unroll(self, batch: Batch, embed_tokens: Tensor, depths: int) -> Tensor:
         rollouts = batch.tokens.split(batch.lengths.tolist())
         # Padding comes last and attention is causal: nothing that counts sees it.

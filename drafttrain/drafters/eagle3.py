@@ -92,6 +92,10 @@ class Eagle3Drafter(Drafter):
         self.register_buffer("d2t", offsets)
 
     @property
+    def hidden_size(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
     def draft_ids(self) -> Tensor | None:
         if self.d2t is None:
             return None
@@ -139,7 +143,7 @@ class Eagle3Drafter(Drafter):
         if self.embed_tokens is not None:
             embed_tokens = self.embed_tokens.weight
         embeds = F.embedding(pad_rows(batch.tokens, fill=0), embed_tokens).to(dtype)
-        plans = AttentionPlans(batch, len(self.layers))
+        plans = AttentionPlans(batch, len(self.layers), dtype)
         last, eps = len(self.layers) - 1, self.config.rms_norm_eps
         return [
             UnrolledLayer(layer, plans, embeds, eps, dtype, last=index == last)

@@ -63,11 +63,11 @@ class AttentionPlans:
     that the next ones have at every slot.
     """
 
-    def __init__(self, batch: Batch, layers: int) -> None:
+    def __init__(self, batch: Batch, layers: int, dtype: torch.dtype) -> None:
         self.starts = pad_rows(batch.starts_round.nonzero()[:, 0], fill=len(batch.slots))
-        self.rounds = AttentionPlan(batch)
+        self.rounds = AttentionPlan(batch, dtype)
         if layers > 1:
-            self.slots = AttentionPlan(batch, torch.ones_like(batch.starts_round))
+            self.slots = AttentionPlan(batch, dtype, torch.ones_like(batch.starts_round))
 
 
 class UnrolledLayer:

@@ -77,11 +77,15 @@ class MTPDrafter(Drafter):
         self.project = nn.Linear(2 * hidden, hidden, bias=False)
         self.rotary = getattr(modeling, rotary)(one_layer)
 
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config.hidden_size)
+
     def unroll(self, batch: Batch, embed_tokens: Tensor, depths: int) -> Tensor:
         dtype = compute_dtype(self.project.weight)
         embeds = F.embedding(batch.tokens, embed_tokens).to(dtype)
         state = batch.engine_hidden[batch.slots].to(dtype)
-        attention = RoundsAttention.of(batch)
+        attention = RoundsAttention.of(batch, dtype)
         slots, outputs = batch.slots, []
         for depth in range(depths):
             # Past a rollout's end there is nothing to embed, and nothing there is trained on.

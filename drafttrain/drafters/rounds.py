@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
@@ -36,8 +37,8 @@ class RoundsAttention:
     kept: KeysValues = field(default_factory=KeysValues)
 
     @classmethod
-    def of(cls, batch: Batch) -> RoundsAttention:
-        return cls(AttentionPlan(batch), batch.starts_round.nonzero()[:, 0])
+    def of(cls, batch: Batch, dtype: torch.dtype) -> RoundsAttention:
+        return cls(AttentionPlan(batch, dtype), batch.starts_round.nonzero()[:, 0])
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """All [N, heads, d]; of a value the last size may be smaller than d, but not larger.

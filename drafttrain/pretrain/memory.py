@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from drafttrain.config import PretrainConfig
-from drafttrain.drafters.attention_plan import SQUARE_AT_ONCE
+from drafttrain.drafters.attention_plan import square_at_once
 from drafttrain.drafters.contract import Drafter
 from drafttrain.drafters.policy import PolicyShape
 from drafttrain.errors import ConfigError
@@ -75,7 +76,8 @@ def predict(
     logits = min(depths * batch * vocab, LOGITS_AT_ONCE)
     heads = int(policy.config.num_attention_heads)
     layer = _HIDDEN_KEPT * width + _INTERMEDIATE_KEPT * _widest(drafter, vocab)
-    scores = heads * max(SQUARE_AT_ONCE, longest) * _SCORES_ALIVE
+    dtype = getattr(torch, config.training.precision)
+    scores = heads * max(square_at_once(dtype), longest) * _SCORES_ALIVE
     weights = sum(parameter.numel() for parameter in drafter.parameters())
     parts = {
         "policy": policy_bytes,

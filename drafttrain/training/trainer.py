@@ -26,6 +26,8 @@ from drafttrain.training.devices import Devices, divided_as, whole, whole_copy
 from drafttrain.training.losses import draft_loss
 
 STATE_SCHEMA = 1
+# With Adam the best learning rate falls with the width (Yang et al., arXiv 2203.03466).
+_RATE_TIMES_WIDTH = 0.4
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Trainer:
         self._plain = copy.deepcopy(drafter) if self._devices.sharded else drafter
         self.drafter = drafter.float()
         self.config = config
+        self.learning_rate = config.learning_rate or _RATE_TIMES_WIDTH / drafter.hidden_size
         self.total_steps = total_steps
         self.step_count = 0
         self.tokens_seen = 0
@@ -87,7 +90,7 @@ class Trainer:
             self._devices.place(placed)
         self.optimizer = torch.optim.AdamW(
             [weight for weight in drafter.parameters() if weight.requires_grad],
-            lr=config.learning_rate,
+            lr=self.learning_rate,
             betas=(0.9, 0.95),
             weight_decay=config.weight_decay,
             fused=True,
@@ -236,7 +239,7 @@ class Trainer:
             left = self.total_steps - self.step_count
             factor *= min(1.0, max(left, 0) / decay_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * factor
+            group["lr"] = self.learning_rate * factor
 
     def save(self, folder: Path, **progress: Any) -> None:
         """Write everything a resumed run needs, whole or not at all.
