@@ -53,7 +53,7 @@ SUBJECTS = [
         "eagle3, two Qwen3 layers",
         "eagle3",
         "qwen3",
-        {"layer_ids": (1, 2, 3), "qwen3": True, "num_hidden_layers": 2, "norm_output": True},
+        {"layer_ids": (1, 2, 3), "layer": "qwen3", "num_hidden_layers": 2, "norm_output": True},
     ),
     Subject(
         "eagle3, draft vocabulary",

@@ -97,6 +97,9 @@ def test_eagle3_tensors_are_those_of_the_engine() -> None:
         ({LAYER_IDS: [-1, 1, 3], "eagle_config": {}}, LAYER_IDS),
         ({LAYER_IDS: [1, 2, 5], "eagle_config": {}}, LAYER_IDS),
         ({LAYER_IDS: [1, 2], "num_aux_hidden_states": 3, "eagle_config": {}}, LAYER_IDS),
+        ({"num_attention_heads": 3, "num_key_value_heads": 2}, "num_key_value_heads"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
         (NOT_THE_SAME_INNER_IDS, f"eagle_config.{LAYER_IDS}"),
     ],
 )
@@ -105,6 +108,15 @@ def test_a_wrong_config_is_refused_by_key(
 ) -> None:
     write_drafter(tmp_path, {**CONFIG, **changes}, make_tensors(CONFIG))
     refuses(tmp_path, "config.json", field)
+
+
+def test_aux_layers_that_are_not_named_are_the_engines_default(tmp_path: Path) -> None:
+    unnamed = {**CONFIG, LAYER_IDS: None, "num_aux_hidden_states": None, "eagle_config": None}
+    write_drafter(tmp_path, unnamed, make_tensors(CONFIG))
+    deep = TARGET.model_copy(update={"num_hidden_layers": 12})
+    assert verify(tmp_path, deep).config[LAYER_IDS] == [2, 6, 9]
+    with pytest.raises(CheckpointError, match=LAYER_IDS):
+        verify(tmp_path)
 
 
 @pytest.mark.parametrize("name", sorted(expected_tensors(REDUCED).required))

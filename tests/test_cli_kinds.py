@@ -65,6 +65,12 @@ def test_init_takes_the_options_of_a_kind(
     assert config["draft_vocab_size"] == 9
     assert config["eagle_aux_hidden_state_layer_ids"] == [0, 2, 4]
 
+    variant = ("--set", "layer=qwen3", "--set", "num_hidden_layers=2", "--set", "fc_norm=true")
+    assert run("init", "--target", policy, "--out", tmp_path / "qwen3", *variant) == 0
+    config = verify(tmp_path / "qwen3").config
+    assert config["architectures"] == ["Eagle3Qwen3ForCausalLM"]
+    assert (config["num_hidden_layers"], config["fc_norm"]) == (2, True)
+
     small = ("--kind", "draft_model", "--out", tmp_path / "small")
     assert run("init", "--target", policy, *small, "--layers", "1,3") == 0
     assert verify(tmp_path / "small").config["num_hidden_layers"] == 2
@@ -73,7 +79,14 @@ def test_init_takes_the_options_of_a_kind(
 
 
 @pytest.mark.parametrize(
-    ("kind", "option"), [("mtp", "--layers=1"), ("eagle3", "--source=x"), ("eagle3", "--layers=9")]
+    ("kind", "option"),
+    [
+        ("mtp", "--layers=1"),
+        ("mtp", "--set=fc_norm=true"),
+        ("eagle3", "--source=x"),
+        ("eagle3", "--layers=9"),
+        ("eagle3", "--set=fc_norm=perhaps"),
+    ],
 )
 def test_options_of_another_kind_are_refused(
     kind: str, option: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

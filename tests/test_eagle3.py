@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import making
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.func import functional_call
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import drafttrain.drafters.attention_plan as attention_plan
 from drafttrain.drafters.batch import Batch
 from drafttrain.drafters.eagle3 import Eagle3Drafter, default_layer_ids
+from drafttrain.drafters.eagle3_layer import Eagle3Layer
 from drafttrain.drafters.policy import PolicyShape
+from drafttrain.errors import CheckpointError, ConfigError
 
 DEPTHS = 3
 
 
-def tiny_drafter(policy: PolicyShape, seed: int = 0) -> Eagle3Drafter:
-    drafter = making.drafter(policy, seed)
+def tiny_drafter(policy: PolicyShape, seed: int = 0, **variant: Any) -> Eagle3Drafter:
     torch.manual_seed(seed)
+    drafter = Eagle3Drafter.initialise(policy, layer_ids=making.LAYERS, **variant)
     for parameter in drafter.parameters():  # the initial zeros would hide mistakes
         torch.nn.init.normal_(parameter, std=0.3)
     return drafter.double()
@@ -66,9 +73,11 @@ def finished(batch: Batch, depths: int) -> Tensor:
     return (left > depths + 1)[batch.rounds]
 
 
-def norm(module: LlamaRMSNorm, x: Tensor) -> Tensor:
-    """In float64, where the module itself would go through float32."""
-    return F.rms_norm(x, x.shape[-1:], module.weight, module.variance_epsilon)
+def norm(module: Any, x: Tensor) -> Tensor:
+    """In float64, where the module itself would go through float32; none leaves `x` as it is."""
+    return (
+        x if module is None else F.rms_norm(x, x.shape[-1:], module.weight, module.variance_epsilon)
+    )
 
 
 def draft_one_round(
@@ -82,41 +91,72 @@ def draft_one_round(
     Returns:
         [depths, H].
     """
-    layer = drafter.layers[0]
-    attended_by = layer.self_attn
-    features = [drafter.fc(aux[s].flatten()) for s in range(slot + 1)]
+    features = [drafter.fc(read(drafter, aux[s])) for s in range(slot + 1)]
     outputs = []
     for _ in range(depths):
-        inputs, rows = torch.stack(features), len(features)
-        embeds = F.embedding(tokens[1 : rows + 1], embed)
-        normed = norm(layer.hidden_norm, inputs)
-        x = torch.cat([norm(layer.input_layernorm, embeds), normed], -1)
-        cos, sin = drafter.rotary(x, torch.arange(rows)[None])
-        query, key, value = (
-            projection(x).unflatten(1, (-1, attended_by.head_dim)).transpose(0, 1)
-            for projection in (attended_by.q_proj, attended_by.k_proj, attended_by.v_proj)
-        )
-        query, key = apply_rotary_pos_emb(query[None], key[None], cos, sin)
-        attended = F.scaled_dot_product_attention(
-            query, key, value[None], is_causal=True, enable_gqa=True
-        )
-        residual = normed if layer.norm_before_residual else inputs
-        hidden = residual + attended_by.o_proj(attended[0].transpose(0, 1).flatten(1))
-        out = hidden + layer.mlp(norm(layer.post_attention_layernorm, hidden))
-        outputs.append(norm(drafter.norm, out[-1]))
-        features.append(out[-1])
+        hidden = torch.stack(features)
+        embeds = F.embedding(tokens[1 : len(features) + 1], embed)
+        for layer in drafter.layers:
+            hidden = through(drafter, layer, hidden, embeds)
+        outputs.append(norm(drafter.norm, hidden[-1]))
+        features.append(outputs[-1] if drafter.config.norm_output else hidden[-1])
     return torch.stack(outputs)
 
 
-@pytest.mark.parametrize("norm_before_residual", [False, True])
+def read(drafter: Eagle3Drafter, aux: Tensor) -> Tensor:
+    """What ``fc`` reads of a slot's aux states, [A, H]."""
+    together = norm(drafter.input_norm, aux.flatten())
+    chunks = together.view_as(aux)
+    norms = drafter.fc_norm or [None] * len(aux)
+    return torch.cat([norm(module, chunk) for module, chunk in zip(norms, chunks, strict=True)])
+
+
+def through(drafter: Eagle3Drafter, layer: Eagle3Layer, hidden: Tensor, embeds: Tensor) -> Tensor:
+    """One layer over a whole prefix, [N, H]."""
+    attended_by, first = layer.self_attn, layer.hidden_norm is not None
+    if first:
+        normed = norm(layer.hidden_norm, hidden)
+        x = torch.cat([norm(layer.input_layernorm, embeds), normed], -1)
+    else:
+        x = norm(layer.input_layernorm, hidden)
+    query, key, value = (
+        projection(x).unflatten(1, (-1, attended_by.head_dim)).transpose(0, 1)
+        for projection in (attended_by.q_proj, attended_by.k_proj, attended_by.v_proj)
+    )
+    cos, sin = drafter.rotary(x, torch.arange(len(x))[None])
+    query, key = norm(attended_by.q_norm, query), norm(attended_by.k_norm, key)
+    query, key = apply_rotary_pos_emb(query[None], key[None], cos, sin)
+    attended = F.scaled_dot_product_attention(
+        query, key, value[None], is_causal=True, enable_gqa=True
+    )
+    residual = normed if first and layer.norm_before_residual else hidden
+    residual = residual + attended_by.o_proj(attended[0].transpose(0, 1).flatten(1))
+    return residual + layer.mlp(norm(layer.post_attention_layernorm, residual))
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"norm_before_residual": True},
+    {"layer": "qwen3", "norm_output": True},
+    {"num_hidden_layers": 2, "norm_before_fc": True, "fc_norm": True},
+    {
+        "layer": "qwen3",
+        "num_hidden_layers": 3,
+        "attention_bias": True,
+        "norm_before_residual": True,
+    },
+    {"attention_bias": True, "norm_output": True, "fc_norm": True},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("square_at_once", [64, 1 << 20])
 def test_unroll_equals_drafting_token_by_token(
-    norm_before_residual: bool, square_at_once: int, monkeypatch: pytest.MonkeyPatch
+    variant: dict[str, Any], square_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention_plan, "square_at_once", lambda dtype: square_at_once)
     policy = making.policy_shape()
-    drafter = tiny_drafter(policy)
-    drafter.layers[0].norm_before_residual = norm_before_residual
+    drafter = tiny_drafter(policy, **variant)
     batch = tiny_batch(policy, lengths=[14, 13, 9], prompts=[2, 4, 1])
     embed = torch.randn(policy.vocab_size, policy.hidden_size, dtype=torch.float64)
     unrolled = drafter.unroll(batch, embed, DEPTHS)
@@ -193,6 +233,87 @@ def test_default_layer_ids_are_three_and_within_the_policy(layers: int) -> None:
     assert len(set(ids)) == 3
     assert all(0 <= layer <= layers for layer in ids)
     assert list(ids) == sorted(ids)
+
+
+def test_sglang_counts_aux_layers_from_one_less(tmp_path: Path) -> None:
+    drafter = making.drafter(making.policy_shape())
+    drafter.export_sglang(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    expected = [layer - 1 for layer in making.LAYERS]
+    assert config["eagle_aux_hidden_state_layer_ids"] == expected
+    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == expected
+    assert load_file(tmp_path / "model.safetensors").keys() >= {"fc.weight", "lm_head.weight"}
+    with pytest.raises(CheckpointError, match="SGLang"):
+        Eagle3Drafter.initialise(making.policy_shape(), layer_ids=(0, 1, 2)).export_sglang(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_position_embeddings": "2048"},
+        {"rms_norm_eps": "small"},
+        {"rope_parameters": {"rope_type": "yarn"}},
+    ],
+)
+def test_a_config_transformers_cannot_use_is_named(tmp_path: Path, changes: dict[str, Any]) -> None:
+    policy = making.policy_shape()
+    making.drafter(policy).export(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        Eagle3Drafter.load(tmp_path, policy)
+
+
+def test_heads_that_do_not_divide_the_width() -> None:
+    wide = making.policy_shape(hidden_size=32, num_attention_heads=12, num_key_value_heads=6)
+    drafter = Eagle3Drafter.initialise(wide)
+    config = drafter.config
+    assert config.hidden_size % config.num_attention_heads == 0
+    assert config.num_attention_heads % config.num_key_value_heads == 0
+    own = Eagle3Drafter.initialise(wide, layer="qwen3").config
+    assert (own.num_attention_heads, own.num_key_value_heads) == (12, 6)
+
+
+@pytest.mark.parametrize(
+    ("variant", "named"),
+    [
+        ({"norms": True}, "norms"),
+        ({"layer": "gpt"}, "layer"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"fc_norm": "perhaps"}, "fc_norm"),
+    ],
+)
+def test_a_variant_that_is_none(variant: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        Eagle3Drafter.initialise(making.policy_shape(), **variant)
+
+
+def test_it_starts_with_what_the_policys_last_norm_multiplies_by(tmp_path: Path) -> None:
+    policy = making.policy_shape()
+    tensors = {
+        "model.embed_tokens.weight": torch.zeros(policy.vocab_size, policy.hidden_size),
+        "lm_head.weight": torch.zeros(policy.vocab_size, policy.hidden_size),
+        "model.norm.weight": torch.full((policy.hidden_size,), 0.25),
+    }
+    making.write_tensors(tmp_path, tensors)
+    assert bool((Eagle3Drafter.from_policy(tmp_path, policy).norm.weight == 0.25).all())
+    policy.config.model_type = "qwen3_next"  # whose norms keep it less one
+    assert bool((Eagle3Drafter.from_policy(tmp_path, policy).norm.weight == 1.25).all())
+
+
+def test_longrope_of_a_part_of_a_head_is_left_out() -> None:
+    factors = [1.0, 2.0]  # for half of a head's four pairs
+    given = {
+        "rope_type": "longrope",
+        "rope_theta": 5e5,
+        "partial_rotary_factor": 0.5,
+        "original_max_position_embeddings": 32,
+        "short_factor": factors,
+        "long_factor": factors,
+    }
+    policy = making.policy_shape()
+    policy.config.rope_parameters = given
+    assert policy.rope_parameters == {"rope_type": "default", "rope_theta": 5e5}
 
 
 def test_rope_is_the_policys_but_turns_whole_heads() -> None:

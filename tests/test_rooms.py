@@ -25,7 +25,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "tensorfile": ({"errors"}, {"torch", "safetensors"}),
     "checkpoints": (FOUNDATION, TORCH),
     "rollouts": (FOUNDATION, TORCH | {"pyarrow", "msgpack", "jinja2"}),
-    "drafters": (DATA, TORCH | {"transformers", "peft"}),
+    "drafters": (DATA, TORCH | {"transformers", "huggingface_hub", "peft"}),
     "training": (LEARNING, TORCH | {"transformers", "accelerate"}),
     "control": (LEARNING, TORCH | {"scipy"}),
     "simulator": (

@@ -25,7 +25,7 @@ DRAFT_IDS = torch.tensor([0, 2, 3, 7, 11, 12, 20])
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"draft_ids": DRAFT_IDS, "norm_before_residual": True},
-    {"qwen3": True, "norm_output": True},
+    {"layer": "qwen3", "norm_output": True},
     {"num_hidden_layers": 2, "fc_norm": True},
     {"norm_before_fc": True, "attention_bias": True},
 ]

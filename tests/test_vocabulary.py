@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import making
 import pytest
 import torch
@@ -37,6 +39,21 @@ def test_the_whole_vocabulary_covers_everything() -> None:
 def test_impossible_sizes_are_refused(size: int) -> None:
     with pytest.raises(RolloutError, match="draft vocabulary"):
         choose_vocabulary(ROLLOUTS, POLICY.vocab_size, size)
+
+
+def test_what_a_tool_said_does_not_count() -> None:
+    rollout = ROLLOUTS[0]
+    generated = torch.arange(rollout.length) >= rollout.length - 2
+    mixed = replace(rollout, generated=generated)
+    sampled = mixed.tokens[-2:].long()
+    chosen = choose_vocabulary([mixed], POLICY.vocab_size, len(sampled.unique()))
+    assert chosen.ids.tolist() == sorted({*sampled.tolist()})
+    assert chosen.coverage == 1.0
+
+
+def test_a_token_the_policy_does_not_have_is_refused() -> None:
+    with pytest.raises(RolloutError, match=ROLLOUTS[0].rollout_id):
+        choose_vocabulary(ROLLOUTS[:1], int(ROLLOUTS[0].tokens.max()), 1)
 
 
 def test_nothing_to_choose_from_is_refused() -> None:

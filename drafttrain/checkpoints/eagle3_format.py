@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -45,6 +45,31 @@ class Eagle3Config(BaseModel):
     fc_norm: bool = False
     norm_output: bool = False
     attention_bias: bool = False
+    mlp_bias: Literal[False] = False
+    hidden_act: Literal["silu"] = "silu"
+
+
+def with_layer_ids(config: dict[str, Any], num_layers: int) -> dict[str, Any]:
+    """`config` with the aux layers that the engine reads from a policy where it names none.
+
+    Many published drafters name none; vLLM's models have one default for all
+    (``get_eagle3_default_aux_hidden_state_layers``).
+    """
+    if _names_layers(config):
+        return config
+    filled = {"num_aux_hidden_states": 3} | config
+    return filled | {_LAYER_IDS: engine_layer_ids(num_layers)}
+
+
+def _names_layers(config: dict[str, Any]) -> bool:
+    eagle = config.get("eagle_config")
+    inner = eagle.get(_LAYER_IDS) if isinstance(eagle, dict) else None
+    return config.get(_LAYER_IDS, inner) is not None
+
+
+def engine_layer_ids(num_layers: int) -> list[int]:
+    """vLLM's default; three layers but of a shallow policy."""
+    return sorted({2, num_layers // 2, num_layers - 3})
 
 
 def eagle3_tensors(parsed: Eagle3Config) -> ExpectedTensors:
@@ -114,6 +139,9 @@ def parse_eagle3(config: dict[str, Any], where: str | Path) -> Eagle3Config:
     eagle = config.get("eagle_config") or {}
     if not isinstance(eagle, dict):
         raise CheckpointError(where, "eagle_config", "expected an object")
+    if not _names_layers(config):
+        problem = "missing: the engine reads its default layers; name the policy to check against"
+        raise CheckpointError(where, _LAYER_IDS, problem)
     try:
         parsed = Eagle3Config.model_validate(_filled(config, eagle))
     except ValidationError as error:
@@ -121,6 +149,9 @@ def parse_eagle3(config: dict[str, Any], where: str | Path) -> Eagle3Config:
     _check_layer_ids(parsed, eagle, where)
     if eagle.get("use_aux_hidden_state", True) is not True:
         raise CheckpointError(where, "eagle_config.use_aux_hidden_state", "expected true")
+    if parsed.num_attention_heads % parsed.num_key_value_heads:
+        problem = f"{parsed.num_key_value_heads}, expected a divisor of the number of heads"
+        raise CheckpointError(where, "num_key_value_heads", problem)
     if parsed.draft_vocab_size > parsed.vocab_size:
         problem = f"{parsed.draft_vocab_size}, expected at most vocab_size {parsed.vocab_size}"
         raise CheckpointError(where, "draft_vocab_size", problem)
@@ -154,3 +185,16 @@ def _check_layer_ids(config: Eagle3Config, eagle: dict[str, Any], where: str | P
     if ids != sorted(set(ids)) or len(ids) != config.num_aux_hidden_states or min(ids) < 0:
         problem = f"{ids}, expected {config.num_aux_hidden_states} distinct layers, ascending"
         raise CheckpointError(where, _LAYER_IDS, problem)
+
+
+def as_sglang(config: dict[str, Any], where: str | Path) -> dict[str, Any]:
+    """`config` for SGLang, which adds one to the aux layers a drafter names.
+
+    Raises:
+        CheckpointError: the drafter reads layer 0, the embedding.
+    """
+    ids = config[_LAYER_IDS]
+    if min(ids) == 0:
+        raise CheckpointError(where, _LAYER_IDS, f"{ids}: SGLang cannot hand over the embedding")
+    shifted = [layer - 1 for layer in ids]
+    return config | {_LAYER_IDS: shifted, "eagle_config": {_LAYER_IDS: shifted}}

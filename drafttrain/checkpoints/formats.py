@@ -26,6 +26,7 @@ from drafttrain.checkpoints.eagle3_format import (
     LAYER_ALIAS,
     eagle3_tensors,
     parse_eagle3,
+    with_layer_ids,
 )
 from drafttrain.checkpoints.manifest import Kind
 from drafttrain.checkpoints.mtp_format import family_of, mtp_tensors
@@ -64,10 +65,13 @@ def kind_of(config: dict[str, Any], where: str | Path = "config.json") -> Kind:
     raise CheckpointError(where, "architectures", problem)
 
 
-def with_defaults(config: dict[str, Any], where: str | Path = "config.json") -> dict[str, Any]:
+def with_defaults(
+    config: dict[str, Any], where: str | Path = "config.json", policy_layers: int | None = None
+) -> dict[str, Any]:
     """`config` with what the engine fills in for absent keys written out, and checked.
 
-    One of the ``speculators`` layout comes back as the raw layout's, which says the same.
+    One of the ``speculators`` layout comes back as the raw layout's, which says the same. An Eagle3
+    drafter that names no aux layers reads those that follow from the policy's number of layers.
 
     Raises:
         CheckpointError: a key is missing, or its value is wrong or contradicts another.
@@ -75,6 +79,8 @@ def with_defaults(config: dict[str, Any], where: str | Path = "config.json") -> 
     kind = kind_of(config, where)
     if kind == "eagle3":
         raw = as_raw(config, where) if is_speculators(config) else config
+        if policy_layers is not None:
+            raw = with_layer_ids(raw, policy_layers)
         return {**raw, **parse_eagle3(raw, where).model_dump()}
     expected_tensors(config, where)
     return {**config, "target_hidden_size": config["hidden_size"]} if kind == "mtp" else config

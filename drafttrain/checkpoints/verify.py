@@ -78,7 +78,8 @@ def verify(folder: str | Path, target: TargetFingerprint | None = None) -> Verif
     if manifest is not None:
         _check_listed(folder, manifest)
         _check_hash(folder / CONFIG, manifest, JSON_LIMIT)
-    config = with_defaults(read_json(folder / CONFIG), folder / CONFIG)
+    layers = None if target is None else target.num_hidden_layers
+    config = with_defaults(read_json(folder / CONFIG), folder / CONFIG, layers)
     if target is not None:
         _check_target(folder, config, target, manifest)
     if manifest is not None:

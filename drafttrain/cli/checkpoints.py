@@ -22,9 +22,9 @@ def add_commands(commands: Any) -> None:
     export.add_argument("--out", type=Path, required=True, help="folder to write")
     export.add_argument(
         "--layout",
-        choices=["raw", "speculators", "policy"],
+        choices=["raw", "speculators", "sglang", "policy"],
         required=True,
-        help="raw: vLLM's and SGLang's; policy: an MTP head put into a copy of its policy",
+        help="raw: vLLM's own; policy: an MTP head put into a copy of its policy",
     )
     export.add_argument("--k", type=positive, default=3, help="draft tokens, for speculators")
 
@@ -57,6 +57,8 @@ def _export(options: argparse.Namespace) -> None:
         drafter.export(options.out, torch.float32)
     elif options.layout == "speculators" and isinstance(drafter, Eagle3Drafter):
         drafter.export_speculators(options.out, options.target, k=options.k)
+    elif options.layout == "sglang" and isinstance(drafter, Eagle3Drafter):
+        drafter.export_sglang(options.out)
     elif options.layout == "policy" and isinstance(drafter, MTPDrafter):
         drafter.stitch(options.target, options.out)
     else:

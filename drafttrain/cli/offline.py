@@ -34,6 +34,13 @@ def _add_init(commands: Any) -> None:
         "--draft-vocab", type=positive, metavar="N", help="eagle3: tokens it can draft"
     )
     init.add_argument("--rollouts", type=Path, help="a spool to choose those tokens from")
+    init.add_argument(
+        "--set",
+        type=setting,
+        action="append",
+        metavar="KEY=VALUE",
+        help="eagle3: as layer=qwen3, num_hidden_layers=2, fc_norm=true",
+    )
 
 
 def _add_pretrain(pretrain: argparse.ArgumentParser) -> None:
@@ -107,8 +114,11 @@ def _init(options: argparse.Namespace) -> None:
 
 def _init_options(options: argparse.Namespace, vocab_size: int) -> dict[str, Any]:
     """Those of the kind; others are refused."""
-    takes = {"eagle3": {"layers", "draft_vocab", "rollouts"}, "draft_model": {"layers", "source"}}
-    given = {"layers", "draft_vocab", "rollouts", "source"} & {
+    takes = {
+        "eagle3": {"layers", "draft_vocab", "rollouts", "set"},
+        "draft_model": {"layers", "source"},
+    }
+    given = {"layers", "draft_vocab", "rollouts", "source", "set"} & {
         name for name, value in vars(options).items() if value is not None
     }
     if foreign := given - takes.get(options.kind, set()):
@@ -116,7 +126,9 @@ def _init_options(options: argparse.Namespace, vocab_size: int) -> dict[str, Any
         raise ConfigError("init", f"--{flag}", f"is not for a drafter of kind {options.kind}")
     if options.kind == "draft_model":
         return {"layers": options.layers, "source": options.source}
-    chosen: dict[str, Any] = {"layer_ids": tuple(options.layers)} if options.layers else {}
+    chosen: dict[str, Any] = dict(options.set or ())
+    if options.layers:
+        chosen["layer_ids"] = tuple(options.layers)
     if options.draft_vocab is not None:
         chosen["draft_ids"] = _draft_ids(options.rollouts, vocab_size, options.draft_vocab)
     return chosen

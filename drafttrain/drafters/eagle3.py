@@ -17,21 +17,32 @@ head over a draft vocabulary, and an embedding of its own where its width is not
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
-from drafttrain.checkpoints.eagle3_format import ARCHITECTURES_EAGLE3, LAYER, LAYER_ALIAS, QWEN3
-from drafttrain.checkpoints.manifest import Kind, TargetFingerprint
+from drafttrain.checkpoints.eagle3_format import (
+    ARCHITECTURES_EAGLE3,
+    LAYER,
+    LAYER_ALIAS,
+    QWEN3,
+    as_sglang,
+    engine_layer_ids,
+)
+from drafttrain.checkpoints.manifest import Kind, TargetFingerprint, read_json
 from drafttrain.checkpoints.speculators_format import as_speculators, with_t2d
-from drafttrain.checkpoints.verify import verify
+from drafttrain.checkpoints.verify import CONFIG, verify
+from drafttrain.config import Section, validated
 from drafttrain.drafters.batch import Batch, pad_rows
 from drafttrain.drafters.contract import Drafter, write_drafter
 from drafttrain.drafters.eagle3_layer import AttentionPlans, Eagle3Layer, Rotation, UnrolledLayer
@@ -39,22 +50,26 @@ from drafttrain.drafters.kernels import compute_dtype, unit_rms
 from drafttrain.drafters.policy import PolicyShape, read_config, read_policy_head
 from drafttrain.errors import CheckpointError
 
-# What a drafter's config says for itself; the rest is the policy's.
-_VARIANT = {
-    "norm_before_residual": False,
-    "norm_before_fc": False,
-    "fc_norm": False,
-    "norm_output": False,
-    "attention_bias": False,
-}
+
+class Eagle3Variant(Section):
+    """What is chosen for a new drafter; the rest of its configuration is the policy's."""
+
+    layer: Literal["llama", "qwen3"] = "llama"
+    """Qwen3's has a norm on every head's query and key."""
+    num_hidden_layers: int = Field(1, ge=1)
+    norm_before_residual: bool = False
+    norm_before_fc: bool = False
+    fc_norm: bool = False
+    norm_output: bool = False
+    attention_bias: bool = False
 
 
 def default_layer_ids(num_layers: int) -> tuple[int, ...]:
     """Three distinct aux layers of a policy: early, middle, late.
 
-    vLLM's own default (2, L//2, L-3) is kept where it gives three; on shallow policies it does not.
+    vLLM's own default is kept where it gives three; on shallow policies it does not.
     """
-    ids = sorted({2, num_layers // 2, num_layers - 3})
+    ids = engine_layer_ids(num_layers)
     if len(ids) == 3 and ids[0] > 0:
         return tuple(ids)
     return tuple(sorted({max(num_layers - 2, 0), max(num_layers - 1, 1), max(num_layers, 2)}))
@@ -130,8 +145,7 @@ class Eagle3Drafter(Drafter):
         states, eps = batch.aux_hidden[slots], self.config.rms_norm_eps
         if self.input_norm is not None:
             together = states.to(self.fc.weight.dtype).flatten(1)
-            normed: Tensor = unit_rms(together, eps) * self.input_norm.weight
-            return normed
+            states = (unit_rms(together, eps) * self.input_norm.weight).view(states.shape)
         if self.fc_norm is not None:
             weights = torch.stack([*self.fc_norm.parameters()])
             states = unit_rms(states.to(weights.dtype), eps) * weights
@@ -173,16 +187,18 @@ class Eagle3Drafter(Drafter):
             policy: what it drafts for.
             layer_ids: aux layers it reads, ascending; :func:`default_layer_ids` when absent.
             draft_ids: int64 [Vd], ascending: the target ids it can draft; all when absent.
-            variant: ``qwen3``, ``num_hidden_layers`` and the flags of the module's docstring.
+            variant: fields of :class:`Eagle3Variant`.
 
         Raises:
-            CheckpointError: an aux layer the policy does not have, or an unknown option.
+            CheckpointError: an aux layer the policy does not have.
+            ConfigError: an option that is none, or a value it cannot have.
         """
         ids = layer_ids or default_layer_ids(policy.num_layers)
         if not all(0 <= layer <= policy.num_layers for layer in ids):
             problem = f"{list(ids)}; the policy has layers 0 to {policy.num_layers}"
             raise CheckpointError("eagle3", "layer_ids", problem)
-        drafter = cls(_drafter_config(policy, ids, draft_ids, variant))
+        chosen = validated(Eagle3Variant, variant, "eagle3")
+        drafter = cls(_drafter_config(policy, ids, draft_ids, chosen))
         for module in drafter.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=1.0 / math.sqrt(module.in_features))
@@ -214,9 +230,12 @@ class Eagle3Drafter(Drafter):
         verified = verify(folder, TargetFingerprint.from_config(policy.config.to_dict()))
         # A length copied from elsewhere (2048, say) would end a drafter's use there.
         longest = "max_position_embeddings"
-        lengths = verified.config.get(longest, 0), int(policy.config.max_position_embeddings)
-        config = verified.config | {longest: max(lengths)}
-        drafter = cls(_config_class(config["architectures"])(**config))
+        try:
+            lengths = verified.config.get(longest, 0), int(policy.config.max_position_embeddings)
+            config = verified.config | {longest: max(lengths)}
+            drafter = cls(_config_class(config["architectures"])(**config))
+        except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(folder / CONFIG, "file", f"cannot be used: {error}") from error
         spare = {"t2d"} | {f"layers.{i}.hidden_norm.weight" for i in range(1, len(drafter.layers))}
         if drafter.embed_tokens is None:
             spare.add("embed_tokens.weight")  # a copy of the policy's
@@ -235,6 +254,16 @@ class Eagle3Drafter(Drafter):
         }
         tensors = with_t2d(tensors, self.config.vocab_size)
         write_drafter(folder, self.config.to_diff_dict(), tensors, dtype)
+
+    def export_sglang(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write the raw layout with aux layers as SGLang counts them.
+
+        Raises:
+            CheckpointError: it reads the embedding (layer 0), which SGLang cannot hand over.
+        """
+        self.export(folder, dtype)
+        config = as_sglang(read_json(folder / CONFIG), folder / CONFIG)
+        (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     def export_speculators(
         self, folder: Path, policy: Path, *, k: int, dtype: torch.dtype = torch.float32
@@ -259,38 +288,34 @@ def _config_class(architectures: list[str]) -> type[PretrainedConfig]:
 
 
 def _drafter_config(
-    policy: PolicyShape,
-    layer_ids: tuple[int, ...],
-    draft_ids: Tensor | None,
-    variant: dict[str, Any],
+    policy: PolicyShape, ids: tuple[int, ...], draft_ids: Tensor | None, variant: Eagle3Variant
 ) -> PretrainedConfig:
-    """A configuration with the policy's sizes, RoPE and lengths, as vLLM reads it.
-
-    Raises:
-        CheckpointError: an option that is none.
-    """
+    """A configuration with the policy's sizes, RoPE and lengths, as vLLM reads it."""
     source = policy.config
-    architectures = [QWEN3 if variant.pop("qwen3", False) else ARCHITECTURES_EAGLE3[0]]
-    layers = variant.pop("num_hidden_layers", 1)
-    if unknown := variant.keys() - _VARIANT.keys():
-        raise CheckpointError("eagle3", min(unknown), "no such option of this kind")
+    qwen3 = variant.layer == "qwen3"
+    architectures = [QWEN3 if qwen3 else ARCHITECTURES_EAGLE3[0]]
+    heads, kv_heads = policy.heads
+    if not qwen3 and source.hidden_size % heads:
+        # Llama's configuration wants a divisor; a drafter need not have as many as its policy.
+        most = max(source.hidden_size // policy.head_dim, 1)
+        heads = next(n for n in range(most, 0, -1) if source.hidden_size % n == 0)
+        kv_heads = math.gcd(heads, kv_heads)
     return _config_class(architectures)(
         architectures=architectures,
         hidden_size=source.hidden_size,
         intermediate_size=source.intermediate_size,
-        num_hidden_layers=layers,
-        num_attention_heads=source.num_attention_heads,
-        num_key_value_heads=source.num_key_value_heads,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
         head_dim=policy.head_dim,
         vocab_size=source.vocab_size,
-        rms_norm_eps=source.rms_norm_eps,
+        rms_norm_eps=policy.norm_eps,
         rope_parameters=policy.rope_parameters,
         max_position_embeddings=source.max_position_embeddings,
         tie_word_embeddings=False,
         draft_vocab_size=source.vocab_size if draft_ids is None else len(draft_ids),
         target_hidden_size=source.hidden_size,
-        eagle_aux_hidden_state_layer_ids=list(layer_ids),
-        num_aux_hidden_states=len(layer_ids),
-        eagle_config={"eagle_aux_hidden_state_layer_ids": list(layer_ids)},
-        **_VARIANT | variant,
+        eagle_aux_hidden_state_layer_ids=list(ids),
+        num_aux_hidden_states=len(ids),
+        eagle_config={"eagle_aux_hidden_state_layer_ids": list(ids)},
+        **variant.model_dump(exclude={"layer"}),
     )

@@ -21,7 +21,18 @@ _EMBEDDING = "model.embed_tokens.weight"
 _FINAL_NORM = "model.norm.weight"
 _LM_HEAD = "lm_head.weight"
 
+# What families call the epsilon of their norms.
+_NORM_EPS = ("rms_norm_eps", "layer_norm_eps", "norm_eps", "norm_epsilon", "layer_norm_epsilon")
+# Families whose norms multiply by 1 + weight.
+_NORM_ADDS_ONE = frozenset(
+    {
+        *("gemma", "gemma2", "gemma3", "gemma3_text", "recurrent_gemma", "vaultgemma"),
+        *("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"),
+    }
+)
+
 _PARTIAL_ROPE = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")
+_PLAIN_ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
 
 # Policies whose configuration class is remote code, and the one it differs from in name only.
 _KNOWN_AS = {"mimo": "qwen2", "kimi_k2": "deepseek_v3"}
@@ -75,9 +86,28 @@ class PolicyShape:
     @property
     def rope_parameters(self) -> dict[str, Any]:
         """Of its full attention, for a drafter, which turns the whole of a head by one position."""
-        given = dict(self.config.rope_parameters)
+        given: dict[str, Any] = getattr(self.config, "rope_parameters", None) or _PLAIN_ROPE
         given = given.get("full_attention", given)
+        if given.get("rope_type") == "longrope" and given.get("partial_rotary_factor", 1) != 1:
+            # Its factors are for the part of a head that the policy turns.
+            given = _PLAIN_ROPE | {"rope_theta": given["rope_theta"]}
         return {key: value for key, value in given.items() if key not in _PARTIAL_ROPE}
+
+    @property
+    def norm_eps(self) -> float:
+        given = (getattr(self.config, name, None) for name in _NORM_EPS)
+        return float(next((eps for eps in given if eps is not None), 1e-6))
+
+    @property
+    def norm_offset(self) -> float:
+        """What its norms add to their weights before they multiply by them."""
+        return 1.0 if self.config.model_type in _NORM_ADDS_ONE else 0.0
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Of queries, and of keys and values."""
+        heads = int(self.config.num_attention_heads)
+        return heads, int(getattr(self.config, "num_key_value_heads", None) or heads)
 
     @property
     def head_dim(self) -> int:
@@ -101,6 +131,8 @@ def load_tokenizer(folder: str | Path) -> Any:
 def read_policy_head(folder: str | Path, policy: PolicyShape) -> PolicyHead:
     """Read embedding, final norm and lm_head of a policy folder; the rest stays on disk.
 
+    Of the norm comes what it multiplies by, whatever the family keeps.
+
     Raises:
         CheckpointError: a file or one of the tensors is missing or has another shape.
     """
@@ -112,8 +144,8 @@ def read_policy_head(folder: str | Path, policy: PolicyShape) -> PolicyHead:
         policy_version=0,
         embed_tokens=embed_tokens,
         lm_head=embed_tokens if tied else _read_tensor(folder, _LM_HEAD, expected),
-        final_norm=_read_tensor(folder, _FINAL_NORM, expected[1:]),
-        norm_eps=float(policy.config.rms_norm_eps),
+        final_norm=_read_tensor(folder, _FINAL_NORM, expected[1:]) + policy.norm_offset,
+        norm_eps=policy.norm_eps,
     )
 
 

@@ -31,17 +31,21 @@ class DraftVocabulary:
 def choose_vocabulary(rollouts: Iterable[Rollout], vocab_size: int, size: int) -> DraftVocabulary:
     """The `size` tokens sampled most often; of those never sampled, the lowest ids fill it up.
 
-    Prompts do not count: nobody drafts them.
+    Only sampled tokens count: nobody drafts prompts, or what a tool or environment said.
 
     Raises:
-        RolloutError: no rollouts, or `size` is not from 1 to `vocab_size`.
+        RolloutError: no rollouts, a token the policy does not have, or `size` is not from 1 to
+            `vocab_size`.
     """
     if not 1 <= size <= vocab_size:
         problem = f"{size}, expected 1 to the policy's {vocab_size}"
         raise RolloutError("rollouts", "draft vocabulary", problem)
     counts = torch.zeros(vocab_size, dtype=torch.int64)
     for rollout in rollouts:
-        sampled = rollout.tokens[rollout.prompt_length :].long()
+        sampled = rollout.tokens[rollout.sampled_runs > 0].long()
+        if len(sampled) and int(sampled.max()) >= vocab_size:
+            problem = f"{int(sampled.max())}, but the policy's vocabulary ends at {vocab_size - 1}"
+            raise RolloutError(rollout.rollout_id, "tokens", problem)
         counts += torch.bincount(sampled, minlength=vocab_size)
     if not counts.any():
         raise RolloutError("rollouts", "draft vocabulary", "there are no sampled tokens to choose")

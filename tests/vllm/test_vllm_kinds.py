@@ -36,7 +36,7 @@ def _only_the_worker_side(monkeypatch: pytest.MonkeyPatch) -> None:
         return Verified(config, load_file(folder / "model.safetensors"), Manifest.read(folder))
 
     monkeypatch.setattr(swap_module, "verify", read)
-    monkeypatch.setattr(swap_module, "with_defaults", lambda config, where: config)
+    monkeypatch.setattr(swap_module, "with_defaults", lambda config, *_: config)
 
 
 def add_version(registry: Registry, kind: Kind, policy: Path, like: Path, tensors: Tensors) -> int:

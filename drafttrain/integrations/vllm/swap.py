@@ -235,7 +235,8 @@ class Swapper:
         path = Path(config.model) / CONFIG
         if not path.is_file():  # a name on a hub
             return dict(config.hf_config.to_dict())
-        return with_defaults(read_json(path), path)
+        layers = self._worker.model_config.hf_text_config.num_hidden_layers
+        return with_defaults(read_json(path), path, layers)
 
     def _started_with(self) -> DrafterVersion:
         """Which of the registry's versions vLLM was started with, if it is one of them."""
