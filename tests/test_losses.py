@@ -40,6 +40,7 @@ def reference_loss(
     objective: ObjectiveName,
     draft_ids: Tensor | None = None,
     token_weights: Tensor | None = None,
+    depth_decay: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """One row, one depth at a time, straight from the definitions; float64."""
     values, weights, overlaps = [], [], [[] for _ in range(DEPTHS)]
@@ -61,7 +62,7 @@ def reference_loss(
                 drafting = hidden[depth, starts.index(first + slot)]
                 q = (head @ drafting / temperature).softmax(-1)
                 values.append(by_definition(objective, p, q, 1 - p.sum()))
-                weights.append(token_weights[first + row + 1])
+                weights.append(token_weights[first + row + 1] * depth_decay**depth)
                 overlaps[depth].append(torch.minimum(p, q).sum().detach())
     weight = torch.stack(weights)
     loss = (torch.stack(values) * weight).sum() / weight.sum()
@@ -96,8 +97,9 @@ def test_loss_and_gradients_equal_the_eager_reference(
 
 
 @pytest.mark.parametrize("objective", list(OBJECTIVES))
-def test_a_draft_vocabulary_and_weights_of_tokens(objective: ObjectiveName) -> None:
-    batch = make_batch(1.0)
+@pytest.mark.parametrize("scale", [0.1, 1.0, 6.0], ids=["flat", "mixed", "peaked"])
+def test_a_draft_vocabulary_and_weights(objective: ObjectiveName, scale: float) -> None:
+    batch = make_batch(scale)
     generator = torch.Generator().manual_seed(1)
     draft_ids = torch.tensor([0, 3, 4, 9, 16])
     token_weights = torch.rand(len(batch.tokens), generator=generator, dtype=torch.float64)
@@ -107,7 +109,7 @@ def test_a_draft_vocabulary_and_weights_of_tokens(objective: ObjectiveName) -> N
     hidden.requires_grad_()
     head.requires_grad_()
 
-    more = {"draft_ids": draft_ids, "token_weights": token_weights}
+    more = {"draft_ids": draft_ids, "token_weights": token_weights, "depth_decay": 0.7}
     expected, overlap = reference_loss(hidden, head, batch, policy_head, objective, **more)
     expected_grads = torch.autograd.grad(expected, (hidden, head))
     result = draft_loss(hidden, head, batch, policy_head, objective=objective, chunk=4, **more)
@@ -122,23 +124,22 @@ def test_a_frozen_head_gets_no_gradient() -> None:
     batch = make_batch(1.0)
     hidden = torch.randn(DEPTHS, len(batch.rounds), H, dtype=torch.float64, requires_grad=True)
     head = torch.randn(V, H, dtype=torch.float64)
-    draft_loss(hidden, head, batch, head).loss.backward()
+    draft_loss(hidden, head, batch, head, objective="lk").loss.backward()
     assert hidden.grad is not None
     assert head.grad is None
 
 
-def test_depth_decay_weighs_the_depths() -> None:
-    batch = make_batch(1.0)
+@pytest.mark.parametrize("objective", list(OBJECTIVES))
+@pytest.mark.parametrize("scale", [0.1, 1.0, 6.0], ids=["flat", "mixed", "peaked"])
+def test_float32_stays_near_float64(objective: ObjectiveName, scale: float) -> None:
+    """What trains, the fused objectives among it."""
     generator = torch.Generator().manual_seed(1)
-    hidden = torch.randn(DEPTHS, len(batch.rounds), H, generator=generator, dtype=torch.float64)
-    head = torch.randn(V, H, generator=generator, dtype=torch.float64)
-    per_depth = [
-        draft_loss(hidden[: d + 1], head, batch, head, depth_decay=1.0) for d in range(DEPTHS)
-    ]
-    # With a vanishing decay only depth 0 is left.
-    only_first = draft_loss(hidden, head, batch, head, depth_decay=1e-9)
-    torch.testing.assert_close(only_first.loss, per_depth[0].loss, atol=1e-6, rtol=1e-6)
-    assert per_depth[2].loss != per_depth[0].loss
+    logits = torch.randn(2, DEPTHS, 20, V, generator=generator, dtype=torch.float64) * 4 * scale
+    log_p, log_q = logits[0, 0].log_softmax(-1), logits[1].log_softmax(-1)
+    exact = values_of(objective)(log_p, log_q)
+    found = values_of(objective)(log_p.float(), log_q.float())
+    for got, expected in zip(found, exact, strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_lk_where_some_rows_share_no_mass() -> None:

@@ -77,7 +77,8 @@ def test_staler_rollouts_weigh_less() -> None:
     assert norm(0.5, old, newest=1) == pytest.approx(0.5 * norm(1.0, old), rel=1e-4)
     assert norm(0.5, old) == pytest.approx(norm(1.0, old), rel=1e-4)
     # With next to no weight, the old ones only take part in the mean; rows are as many as slots.
-    share = _rows(new) / (_rows(old) + _rows(new))
+    # With next to no weight, the old ones only take part in the mean.
+    share = _drafts(new) / (_drafts(old) + _drafts(new))
     assert norm(1e-6, [*old, *new]) == pytest.approx(share * norm(1.0, new), rel=1e-3)
 
 
@@ -97,9 +98,25 @@ def test_tokens_whose_draft_was_rejected_weigh_as_told() -> None:
         assert mixed.grad_norm == pytest.approx(alone[like].grad_norm, rel=1e-3)
 
 
-def _rows(rollouts: list[Rollout]) -> int:
-    """Rows a drafter trains on: all but a completion's first token."""
-    return sum(rollout.completion_length - 1 for rollout in rollouts)
+def _drafts(rollouts: list[Rollout]) -> int:
+    """Of three depths: all but a completion's first token, and one less at each depth."""
+    return sum(max(r.completion_length - 1 - depth, 0) for r in rollouts for depth in range(3))
+
+
+def test_a_step_does_not_depend_on_how_it_is_divided() -> None:
+    config = TrainingConfig(draft_tokens=3, rejected_weight=7.0, depth_decay=0.6, gradient_clip=1e9)
+    rollouts = [
+        dataclasses.replace(rollout, rejected=torch.arange(rollout.length) % (index + 2) == 0)
+        for index, rollout in enumerate(making.rollouts(POLICY, 5))
+    ]
+    whole, divided = (Trainer(making.drafter(POLICY), config) for _ in range(2))
+    reports = (
+        whole.step_on([rollouts], LAYOUT, heads(0)),
+        divided.step_on([rollouts[:1], rollouts[1:3], rollouts[3:]], LAYOUT, heads(0)),
+    )
+    assert reports[0].loss == pytest.approx(reports[1].loss, rel=1e-5)
+    for ours, theirs in zip(whole.drafter.parameters(), divided.drafter.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_non_finite_gradients_stop_the_training() -> None:

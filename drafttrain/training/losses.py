@@ -142,11 +142,13 @@ class DraftLoss:
 
     Attributes:
         loss: scalar, with gradients to the drafter.
+        weight: scalar, sum of the weights that the loss is the mean of.
         acceptance: float [D], mean sum(min(p, q)) at each depth.
         rows: number of policy rows trained on.
     """
 
     loss: Tensor
+    weight: Tensor
     acceptance: Tensor
     rows: int
 
@@ -157,7 +159,7 @@ def draft_loss(
     batch: Batch,
     policy_head: Tensor,
     *,
-    objective: ObjectiveName = "lk",
+    objective: ObjectiveName,
     depth_decay: float = 1.0,
     draft_ids: Tensor | None = None,
     token_weights: Tensor | None = None,
@@ -180,7 +182,8 @@ def draft_loss(
     weights = rows.drafted * (depth_decay**depth)[:, None]
     if token_weights is not None:
         weights = weights * token_weights[rows.row + 1]  # row r predicts token r + 1
-    weights = weights / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
+    weight = weights.sum()
+    weights = weights / weight.clamp_min(torch.finfo(weights.dtype).tiny)
     chunk = chunk or max(1, LOGITS_AT_ONCE // (len(hidden) * len(draft_head)))
     loss, overlap = _ChunkedLoss.apply(
         hidden,
@@ -194,7 +197,7 @@ def draft_loss(
         chunk,
     )
     counts = rows.drafted.sum(1).clamp_min(1)
-    return DraftLoss(loss, overlap / counts, rows.count)
+    return DraftLoss(loss, weight, overlap / counts, rows.count)
 
 
 class _ChunkedLoss(torch.autograd.Function):

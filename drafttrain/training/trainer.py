@@ -23,7 +23,7 @@ from drafttrain.drafters.contract import Drafter
 from drafttrain.errors import CheckpointError, RolloutError
 from drafttrain.rollouts.record import FeatureLayout, PolicyHead, Rollout
 from drafttrain.training.devices import Devices, divided_as, whole, whole_copy
-from drafttrain.training.losses import draft_loss
+from drafttrain.training.losses import DraftLoss, draft_loss
 
 STATE_SCHEMA = 1
 # With Adam the best learning rate falls with the width (Yang et al., arXiv 2203.03466).
@@ -133,7 +133,8 @@ class Trainer:
         heads: dict[int, PolicyHead],
         newest_policy: int | None = None,
     ) -> StepReport:
-        """One optimizer step; gradients add up over microbatches and processes, by their rows.
+        """One optimizer step; gradients add up over microbatches and processes, each row as
+        much as its weight.
 
         Args:
             parts: this process's microbatches, each of one policy version; with sharded weights
@@ -149,31 +150,33 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if newest_policy is None:
             newest_policy = max((part[0].policy_version for part in parts), default=0)
-        # Loss, tokens, rows and acceptance at each depth; the first and the last weighted by rows.
-        sums = torch.zeros(3 + self.config.draft_tokens, dtype=torch.float64)
+        # Loss (times weight), weight, tokens, rows, and acceptance at each depth (times rows).
+        sums = torch.zeros(4 + self.config.draft_tokens, dtype=torch.float64)
         for part in parts:
             version = part[0].policy_version
-            weight = self.config.staleness_decay ** (newest_policy - version)
-            loss, acceptance, rows = self._backward(part, layout, heads[version], weight)
-            tokens = sum(rollout.length for rollout in part)
-            sums[:3] += torch.tensor([loss, tokens, rows], dtype=torch.float64)
-            sums[3:] += acceptance.double().cpu() * rows
+            freshness = self.config.staleness_decay ** (newest_policy - version)
+            result = self._backward(part, layout, heads[version], freshness)
+            sums[2] += sum(rollout.length for rollout in part)
+            if result is not None:
+                loss, weight = result.loss.item(), result.weight.item()
+                sums[:2] += torch.tensor([loss * weight, weight], dtype=torch.float64)
+                sums[3] += result.rows
+                sums[4:] += result.acceptance.double().cpu() * result.rows
         sums = self._devices.total(sums).cpu()
-        all_rows = float(sums[2]) or 1.0
-        norm = self._update(all_rows, [rollout for part in parts for rollout in part])
+        total, weight, tokens, rows = sums[:4].tolist()
+        norm = self._update(weight or 1.0, [rollout for part in parts for rollout in part])
         self.step_count += 1
-        self.tokens_seen += int(sums[1])
-        means = sums / all_rows
-        return StepReport(
-            self.step_count, float(means[0]), means[3:].tolist(), int(sums[1]), float(norm)
-        )
+        self.tokens_seen += int(tokens)
+        acceptance = (sums[4:] / (rows or 1.0)).tolist()
+        loss = total / (weight or 1.0)
+        return StepReport(self.step_count, loss, acceptance, int(tokens), float(norm))
 
-    def _update(self, rows: float, rollouts: Sequence[Rollout]) -> Tensor:
-        """Apply the gradients, which are sums over `rows`; returns their norm before clipping."""
+    def _update(self, weight: float, rollouts: Sequence[Rollout]) -> Tensor:
+        """Apply the gradients, sums of `weight` in all; returns their norm before clipping."""
         self._devices.add_gradients(self.drafter.parameters())
         for parameter in self.drafter.parameters():
             if parameter.grad is not None:
-                parameter.grad /= rows
+                parameter.grad /= weight
         norm = torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), self.config.gradient_clip)
         norm = whole(norm)
         if not torch.isfinite(norm):
@@ -189,14 +192,14 @@ class Trainer:
         rollouts: Sequence[Rollout],
         layout: FeatureLayout,
         head: PolicyHead,
-        weight: float,
-    ) -> tuple[float, Tensor, int]:
-        """Adds gradients times `weight`; returns summed loss, mean acceptance and rows."""
+        freshness: float,
+    ) -> DraftLoss | None:
+        """Adds gradients times the rows' weight and `freshness`; None where nothing is drafted."""
         device = self._devices.device
         batch = self._with_noise(make_batch(rollouts, layout, head).to(device))
         # Completions of one token: no drafts. Processes that share weights must unroll together.
         if not len(batch.rounds) and not self._devices.sharded:
-            return 0.0, torch.zeros(self.config.draft_tokens), 0
+            return None
         policy_head = head.lm_head.to(device)
         bfloat16 = self.config.precision == "bfloat16"
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
@@ -213,8 +216,8 @@ class Trainer:
                 draft_ids=self.drafter.draft_ids,
                 token_weights=self._token_weights(batch),
             )
-        (result.loss * (result.rows * weight)).backward()
-        return result.loss.item() * result.rows, result.acceptance, result.rows
+        (result.loss * (result.weight * freshness)).backward()
+        return result
 
     def _token_weights(self, batch: Batch) -> Tensor | None:
         if batch.rejected is None or self.config.rejected_weight == 1:
