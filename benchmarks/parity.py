@@ -98,9 +98,9 @@ class Bench:
     def engine(self, k: int, method: DraftSampleMethod = "greedy") -> Engine:
         return self._engine(self._home / "trained", k, method)
 
-    def parity(self, k: int, count: int = 48) -> DraftParity:
-        """Greedy drafts in sampled rollouts."""
-        engine = self.engine(k)
+    def parity(self, k: int, count: int = 48, engine: Engine | None = None) -> DraftParity:
+        """Greedy drafts in sampled rollouts; `engine` is one that drafts k tokens greedily."""
+        engine = engine or self.engine(k)
         with recording(engine) as rounds:
             rollouts = engine.generate(prompts(count, salt=k), temperature=1.0, max_tokens=24)
         return compare(self, engine, rollouts, rounds, k)
@@ -197,7 +197,7 @@ def compare(
         batch = make_batch(contexts, replay.layout, head)
         hidden = bench.drafter.unroll(batch, head.embed_tokens, k)
         logits = hidden @ bench.drafter.head_weight(head.lm_head).T
-        theirs = torch.tensor([drafted.tokens for drafted in part]).T
+        theirs = torch.tensor([drafted.tokens for drafted in part]).T.contiguous()
         if bench.drafter.draft_ids is not None:  # to rows of the head
             theirs = torch.searchsorted(bench.drafter.draft_ids, theirs)
         same = logits.argmax(-1) == theirs

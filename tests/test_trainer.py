@@ -76,7 +76,6 @@ def test_staler_rollouts_weigh_less() -> None:
 
     assert norm(0.5, old, newest=1) == pytest.approx(0.5 * norm(1.0, old), rel=1e-4)
     assert norm(0.5, old) == pytest.approx(norm(1.0, old), rel=1e-4)
-    # With next to no weight, the old ones only take part in the mean; rows are as many as slots.
     # With next to no weight, the old ones only take part in the mean.
     share = _drafts(new) / (_drafts(old) + _drafts(new))
     assert norm(1e-6, [*old, *new]) == pytest.approx(share * norm(1.0, new), rel=1e-3)

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.engines import Engine, prompts
-from benchmarks.parity import Bench, compare, recording
+from benchmarks.engines import Engine
+from benchmarks.parity import Bench
 from benchmarks.subjects import SUBJECTS
-from drafttrain.drafters import MTPDrafter
+from drafttrain.drafters import Eagle3Drafter, MTPDrafter
 
 # One of each kind, on the policy that shows most.
 chosen = pytest.mark.parametrize(
@@ -64,8 +64,19 @@ def test_a_policy_with_a_new_head_stitched_in_drafts_by_itself(
     policy = tmp_path / "stitched"
     bench.drafter.stitch(bench.policy, policy)
     engine = Engine(policy, policy, method="mtp", k=2, spool=tmp_path / "spool")
-    with recording(engine) as rounds:
-        rollouts = engine.generate(prompts(16), temperature=1.0, max_tokens=24)
-    parity = compare(bench, engine, rollouts, rounds, 2)
+    parity = bench.parity(2, 16, engine)
+    assert parity.positions > 200
+    assert parity.agreeing + parity.ties >= 0.999 * parity.positions, parity
+
+
+def test_the_engine_reads_the_layout_of_speculators(
+    bench_of: Callable[[str], Bench], tmp_path: Path
+) -> None:
+    bench = bench_of("eagle3, draft vocabulary")
+    assert isinstance(bench.drafter, Eagle3Drafter)
+    folder = tmp_path / "eagle3"
+    bench.drafter.export_speculators(folder, bench.policy, k=2)
+    engine = Engine(bench.policy, folder, method="eagle3", k=2, spool=tmp_path / "spool")
+    parity = bench.parity(2, 16, engine)
     assert parity.positions > 200
     assert parity.agreeing + parity.ties >= 0.999 * parity.positions, parity
