@@ -34,6 +34,8 @@ from drafttrain.demo import ENVIRONMENT
 
 os.environ.update(ENVIRONMENT)  # before torch and vLLM are imported
 
+from drafttrain.demo.forward import fast_precision
+
 K = 3
 # Prompts that the drafters are measured on.
 PROMPTS = 256
@@ -41,7 +43,7 @@ PROMPTS = 256
 RECIPES = {
     "demo": (
         "--tokens-per-step", "1024", "--learning-rate", "6e-3",
-        "--set", "training.precision=bfloat16",
+        "--set", f"training.precision={fast_precision()}",
     ),
     "default": (),
 }  # fmt: skip

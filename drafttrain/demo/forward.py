@@ -1,19 +1,26 @@
-"""The small policy's forward for training on a CPU: the weights of a transformers Llama, bfloat16.
+"""The small policy's forward for training on a CPU: the weights of a transformers Llama.
 
 About twice as fast as transformers' own modules here: q, k, v and gate, up are one product
-each, the elementwise parts keep less for backward, and matrices run in bfloat16 (AMX) while the
-weights stay float32. Rollouts are padded on the right, so the causal mask is the only one needed.
-Held to transformers' forward by a test in float32.
+each, the elementwise parts keep less for backward, and matrices run in bfloat16, where that is
+faster, while the weights stay float32. Rollouts are padded on the right, so the causal mask is
+the only one needed. Held to transformers' forward by a test in float32.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM
+
+
+def fast_precision() -> Literal["float32", "bfloat16"]:
+    """bfloat16 where the processor multiplies in it; elsewhere it takes ten times as long."""
+    can = torch.cpu.get_capabilities()
+    has = any(can.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return "bfloat16" if has else "float32"
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -55,19 +62,19 @@ class _SwiGlu(torch.autograd.Function):
 
 
 def policy_logits(
-    policy: LlamaForCausalLM, tokens: Tensor, dtype: torch.dtype = torch.bfloat16
+    policy: LlamaForCausalLM, tokens: Tensor, dtype: torch.dtype | None = None
 ) -> Tensor:
     """Logits of every position.
 
     Args:
         policy: float32 weights; as many kv heads as heads.
         tokens: int64 [B, T], padded on the right.
-        dtype: of the computation.
+        dtype: of the computation; :func:`fast_precision` when absent.
 
     Returns:
         float32 [B, T, V]; differentiable in the policy's weights.
     """
-    config = policy.config
+    config, dtype = policy.config, dtype or getattr(torch, fast_precision())
     rope = _rope_tables(tokens.shape[1], config, dtype)
     full = torch.full((tokens.shape[1], tokens.shape[1]), float("-inf"), dtype=dtype)
     mask = full.triu(1)

@@ -25,6 +25,7 @@ from drafttrain.config import TrainingConfig
 from drafttrain.control.acceptance import DraftSampleMethod
 from drafttrain.demo import checks
 from drafttrain.demo.arms import Arm, RolloutReport
+from drafttrain.demo.forward import fast_precision
 from drafttrain.demo.grpo import Grpo, GrpoConfig, ScoredRollout
 from drafttrain.demo.policy import Recipe, load_policy, train_policy
 from drafttrain.demo.processes import (
@@ -59,7 +60,7 @@ TRAINING = TrainingConfig(
     weight_decay=0.5,
     feature_noise=0.3,
     tokens_per_step=1024,
-    precision="bfloat16",
+    precision=fast_precision(),
 )
 """The small drafter sees few rollouts of each policy, hence decay and noise: they keep it from
 learning them by heart."""
