@@ -28,7 +28,7 @@ def stitch_tensors(
     Args:
         policy: folder of a causal LM.
         tensors: names as in its checkpoint.
-        config: keys of ``config.json`` to set.
+        config: keys to set in the language model's configuration.
         out: a new folder.
 
     Raises:
@@ -53,7 +53,9 @@ def stitch_tensors(
     save_file(added, out / _ADDED, metadata={"format": "pt"})
     table = {name: file.name for name, file in files.items()} | dict.fromkeys(tensors, _ADDED)
     (out / _INDEX).write_text(json.dumps({"metadata": {}, "weight_map": table}, indent=2) + "\n")
-    document = read_config(policy) | config
+    document = read_config(policy)
+    text = document.get("text_config")
+    (text if isinstance(text, dict) else document).update(config)
     (out / "config.json").write_text(json.dumps(document, indent=2) + "\n")
 
 
