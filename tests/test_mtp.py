@@ -21,7 +21,7 @@ from drafttrain.checkpoints.verify import verify
 from drafttrain.drafters import MTPDrafter, PolicyShape, load_drafter
 from drafttrain.drafters.batch import Batch, make_batch
 from drafttrain.drafters.experts import fuse_experts
-from drafttrain.drafters.policy import read_policy_head, weight_files
+from drafttrain.drafters.policy import read_policy_head, read_tensors, weight_files
 from drafttrain.errors import CheckpointError, RolloutError
 from drafttrain.rollouts.record import PolicyHead
 
@@ -324,6 +324,58 @@ def test_a_head_with_tensors_that_ours_has_not_is_not_replaced(tmp_path: Path) -
     making.write_tensors(folder, {name: tensor.clone() for name, tensor in tensors.items()})
     with pytest.raises(CheckpointError, match="weight_scale_inv"):
         random_head(policy).stitch(folder, tmp_path / "out")
+
+
+def test_no_file_of_the_policy_is_lost_to_a_name(tmp_path: Path) -> None:
+    """The head's own name may be taken, by a file that keeps some of its tensors."""
+    policy = policy_of("deepseek_v3")
+    trunk, head = random_head(policy), random_head(policy, seed=5)
+    folder = write_policy(tmp_path / "policy", policy, None)
+    copy_of = "model.layers.4.embed_tokens.weight"
+    shipped = {copy_of: torch.ones(23, 32)} | trunk.head_tensors()
+    contiguous = {name: t.detach().contiguous().clone() for name, t in shipped.items()}
+    save_file(contiguous, folder / "model-mtp.safetensors")
+    table = dict.fromkeys(weight_files(folder), "model.safetensors")
+    table |= dict.fromkeys(shipped, "model-mtp.safetensors")
+    index = json.dumps({"weight_map": table})
+    (folder / "model.safetensors.index.json").write_text(index)
+
+    head.stitch(folder, tmp_path / "out")
+    names = weight_files(tmp_path / "out")
+    assert names.keys() == table.keys()
+    assert torch.equal(read_tensors(tmp_path / "out", names)[copy_of], torch.ones(23, 32))
+    # And again, into what was made: the old head's file goes, the new one's has its name.
+    trunk.stitch(tmp_path / "out", tmp_path / "again")
+    assert read_tensors(tmp_path / "again", names).keys() == table.keys()
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
+def test_a_routers_bias_stays_exact_in_a_stitched_head(family: str, tmp_path: Path) -> None:
+    policy = policy_of(family)
+    folder = write_policy(tmp_path / "policy", policy, None)
+    tensors = load_file(folder / "model.safetensors")
+    making.write_tensors(folder, {name: tensor.bfloat16() for name, tensor in tensors.items()})
+    drafter = random_head(policy)
+    bias = drafter.get_buffer("layer.mlp.gate.e_score_correction_bias").uniform_(5, 6)
+    drafter.stitch(folder, tmp_path / "out")
+    added = load_file(tmp_path / "out" / "model-mtp.safetensors")
+    exact = [name for name, tensor in added.items() if tensor.dtype != torch.bfloat16]
+    assert exact == ["model.layers.4.mlp.gate.e_score_correction_bias"]
+    assert torch.equal(added[exact[0]], bias)
+
+
+def test_stitching_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    policy = policy_of("mimo")
+    folder = write_policy(tmp_path / "policy", policy, random_head(policy))
+    table = dict.fromkeys(weight_files(folder), "model.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": table | {"lost": "lost.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"lost\.safetensors"):
+        random_head(policy).stitch(folder, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["policy"]
+    index.write_text(json.dumps({"weight_map": table}))
+    random_head(policy).stitch(folder, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "policy"]
 
 
 def test_half_a_head_is_refused(tmp_path: Path) -> None:
