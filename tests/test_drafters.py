@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from drafttrain.config import TrainingConfig
 from drafttrain.control.acceptance import estimate_acceptance
 from drafttrain.drafters import KINDS, Drafter, load_drafter
 from drafttrain.drafters.batch import Batch, make_batch
+from drafttrain.drafters.policy import read_policy_head
 from drafttrain.errors import CheckpointError
 from drafttrain.publishing import UNTRAINED, publish_drafter
 from drafttrain.rollouts.record import PolicyHead, Rollout
@@ -269,3 +271,33 @@ def test_what_is_no_drafter_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
     with pytest.raises(CheckpointError, match="architectures"):
         load_drafter(tmp_path, POLICY)
+
+
+@pytest.mark.parametrize(
+    ("trunk", "head"),
+    [
+        ("model.", ""),
+        ("model.language_model.", ""),
+        ("language_model.model.", "language_model."),
+    ],
+)
+def test_the_policys_head_is_found_under_any_prefix(trunk: str, head: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(POLICY.config.to_dict()))
+    table = (POLICY.vocab_size, POLICY.hidden_size)
+    tensors = {f"{trunk}embed_tokens.weight": torch.randn(table)}
+    tensors[f"{trunk}norm.weight"] = torch.randn(POLICY.hidden_size)
+    tensors[f"{head}lm_head.weight"] = torch.randn(table)
+    others = {f"{trunk}layers.4.embed_tokens.weight", "model.visual.embed_tokens.weight"}
+    making.write_tensors(tmp_path, tensors | {name: torch.zeros(3, 2) for name in others})
+    found = read_policy_head(tmp_path, POLICY)
+    assert found.final_norm is not None
+    assert torch.equal(found.embed_tokens, tensors[f"{trunk}embed_tokens.weight"])
+    assert torch.equal(found.final_norm, tensors[f"{trunk}norm.weight"])
+    assert torch.equal(found.lm_head, tensors[f"{head}lm_head.weight"])
+
+
+@pytest.mark.parametrize("names", [(), ("a.embed_tokens.weight", "b.embed_tokens.weight")])
+def test_a_policy_has_one_embedding(names: tuple[str, ...], tmp_path: Path) -> None:
+    making.write_tensors(tmp_path, {name: torch.zeros(2) for name in ("model.norm.weight", *names)})
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight: .*expected one"):
+        read_policy_head(tmp_path, POLICY)

@@ -20,7 +20,8 @@ from drafttrain.checkpoints.mtp_format import FAMILIES, family_of
 from drafttrain.checkpoints.verify import verify
 from drafttrain.drafters import MTPDrafter, PolicyShape, load_drafter
 from drafttrain.drafters.batch import Batch, make_batch
-from drafttrain.drafters.policy import weight_files
+from drafttrain.drafters.experts import fuse_experts
+from drafttrain.drafters.policy import read_policy_head, read_tensors, weight_files
 from drafttrain.errors import CheckpointError, RolloutError
 from drafttrain.rollouts.record import PolicyHead
 
@@ -57,9 +58,9 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 families = pytest.mark.parametrize("family", FAMILIES)
 
 
-def policy_of(family: str) -> PolicyShape:
+def policy_of(family: str, **changes: int) -> PolicyShape:
     name, sizes = CONFIGS[family]
-    config = getattr(transformers, name)(**SIZES | sizes)
+    config = getattr(transformers, name)(**SIZES | sizes | changes)
     config.architectures = [FAMILIES[family].architecture]
     setattr(config, FAMILIES[family].count_key, 1)
     return PolicyShape(config)
@@ -94,6 +95,28 @@ def write_policy(folder: Path, policy: PolicyShape, head: MTPDrafter | None) -> 
         {name: t.detach().contiguous().clone() for name, t in tensors.items()},
         folder / "model.safetensors",
     )
+    return folder
+
+
+def rename(folder: Path, old: str, new: str) -> None:
+    """Let the policy's tensors that start with `old` start with `new`."""
+    tensors = {
+        new + name.removeprefix(old) if name.startswith(old) else name: tensor.clone()
+        for name, tensor in load_file(folder / "model.safetensors").items()
+    }
+    making.write_tensors(folder, tensors)
+
+
+def write_multimodal(folder: Path, head: MTPDrafter | None) -> Path:
+    """A Qwen3.5 as it is released: the language model is a part with its own configuration."""
+    policy = policy_of("qwen3_5")
+    write_policy(folder, policy, head)
+    rename(folder, "model.", "model.language_model.")
+    text = policy.config.to_dict()
+    del text["architectures"], text["mtp_num_hidden_layers"]
+    config = transformers.Qwen3_5Config(text_config=text, tie_word_embeddings=False).to_dict()
+    config["architectures"] = ["Qwen3_5ForConditionalGeneration"]
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -219,16 +242,140 @@ def test_a_policy_of_another_family_gets_no_foreign_head(tmp_path: Path) -> None
         random_head(policy_of("mimo")).stitch(folder, tmp_path / "out")
 
 
-def test_a_multimodal_policy_keeps_its_head_deeper(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("old", "new"), [("", "language_model."), ("model.", "model.language_model.")]
+)
+def test_a_multimodal_policy_keeps_its_head_deeper(old: str, new: str, tmp_path: Path) -> None:
     policy = policy_of("deepseek_v3")
-    shipped = random_head(policy)
+    shipped, trained = random_head(policy), random_head(policy, seed=5)
     folder = write_policy(tmp_path / "policy", policy, shipped)
     tensors = load_file(folder / "model.safetensors")
-    deeper = {f"language_model.{name}": tensor.clone() for name, tensor in tensors.items()}
-    deeper["language_model.model.layers.4.shared_head.head.weight"] = torch.zeros(23, 32)
-    save_file(deeper, folder / "model.safetensors")
+    copies = {"model.layers.4.shared_head.head.weight": torch.zeros(23, 32)}
+    copies |= {"model.layers.4.embed_tokens.weight": torch.zeros(23, 32)}
+    making.write_tensors(folder, {name: t.clone() for name, t in (tensors | copies).items()})
+    rename(folder, old, new)
     taken = MTPDrafter.from_policy(folder, policy)
     assert torch.equal(taken.project.weight, shipped.project.weight)
+    trained.stitch(folder, tmp_path / "out")
+    assert weight_files(tmp_path / "out").keys() == weight_files(folder).keys()
+    again = MTPDrafter.from_policy(tmp_path / "out", policy)
+    assert torch.equal(again.project.weight, trained.project.weight)
+    assert read_policy_head(folder, policy).embed_tokens.any(), "the trunk's, not the head's copy"
+
+
+def test_a_new_head_goes_where_the_policys_layers_are(tmp_path: Path) -> None:
+    policy = policy_of("deepseek_v3")
+    folder = write_policy(tmp_path / "policy", policy, None)
+    rename(folder, "", "language_model.")
+    random_head(policy).stitch(folder, tmp_path / "out")
+    added = weight_files(tmp_path / "out").keys() - weight_files(folder).keys()
+    assert {name.partition("layers.4.")[0] for name in added} == {"language_model.model."}
+
+
+@pytest.mark.parametrize("ships", [True, False])
+def test_a_text_config_of_a_multimodal_policy_names_the_family(ships: bool, tmp_path: Path) -> None:
+    shipped, trained = (random_head(policy_of("qwen3_5"), seed) for seed in (0, 5))
+    folder = write_multimodal(tmp_path / "policy", shipped if ships else None)
+    policy = PolicyShape.from_folder(folder)
+    taken = MTPDrafter.from_policy(folder, policy)
+    assert taken.family is FAMILIES["qwen3_5"]
+    assert torch.equal(taken.project.weight, shipped.project.weight) == ships
+    taken.export(tmp_path / "head")
+    assert load_drafter(tmp_path / "head", policy).kind == "mtp"
+
+    trained.stitch(folder, tmp_path / "out")
+    names = weight_files(folder).keys() | trained.head_tensors().keys()
+    assert weight_files(tmp_path / "out").keys() == names
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["text_config"]["mtp_num_hidden_layers"] == 1
+    assert "mtp_num_hidden_layers" not in config, "the text part's to say"
+
+
+def test_a_head_for_another_number_of_layers_is_refused(tmp_path: Path) -> None:
+    random_head(policy_of("glm4_moe")).export(tmp_path / "head")
+    deeper = policy_of("glm4_moe", num_hidden_layers=8)
+    folder = write_policy(tmp_path / "policy", deeper, None)
+    with pytest.raises(CheckpointError, match="num_hidden_layers: 4, but the policy has 8"):
+        load_drafter(tmp_path / "head", deeper)
+    with pytest.raises(CheckpointError, match="num_hidden_layers: 8, but the head's policy has 4"):
+        random_head(policy_of("glm4_moe")).stitch(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_moe", "deepseek_v3"])
+def test_a_stitched_heads_experts_are_laid_out_as_the_policys(family: str, tmp_path: Path) -> None:
+    policy = policy_of(family)
+    folder = write_policy(tmp_path / "policy", policy, random_head(policy))
+    stacked = fuse_experts(load_file(folder / "model.safetensors"))
+    making.write_tensors(folder, {name: tensor.clone() for name, tensor in stacked.items()})
+    trained = random_head(policy, seed=5)
+    trained.stitch(folder, tmp_path / "out")
+    assert weight_files(tmp_path / "out").keys() == stacked.keys()
+    again = MTPDrafter.from_policy(tmp_path / "out", policy)
+    for name, tensor in trained.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_a_head_with_tensors_that_ours_has_not_is_not_replaced(tmp_path: Path) -> None:
+    policy = policy_of("deepseek_v3")
+    folder = write_policy(tmp_path / "policy", policy, random_head(policy))
+    scale = {"model.layers.4.mlp.experts.0.up_proj.weight_scale_inv": torch.ones(1, 1)}
+    tensors = load_file(folder / "model.safetensors") | scale
+    making.write_tensors(folder, {name: tensor.clone() for name, tensor in tensors.items()})
+    with pytest.raises(CheckpointError, match="weight_scale_inv"):
+        random_head(policy).stitch(folder, tmp_path / "out")
+
+
+def test_no_file_of_the_policy_is_lost_to_a_name(tmp_path: Path) -> None:
+    """The head's own name may be taken, by a file that keeps some of its tensors."""
+    policy = policy_of("deepseek_v3")
+    trunk, head = random_head(policy), random_head(policy, seed=5)
+    folder = write_policy(tmp_path / "policy", policy, None)
+    copy_of = "model.layers.4.embed_tokens.weight"
+    shipped = {copy_of: torch.ones(23, 32)} | trunk.head_tensors()
+    contiguous = {name: t.detach().contiguous().clone() for name, t in shipped.items()}
+    save_file(contiguous, folder / "model-mtp.safetensors")
+    table = dict.fromkeys(weight_files(folder), "model.safetensors")
+    table |= dict.fromkeys(shipped, "model-mtp.safetensors")
+    index = json.dumps({"weight_map": table})
+    (folder / "model.safetensors.index.json").write_text(index)
+
+    head.stitch(folder, tmp_path / "out")
+    names = weight_files(tmp_path / "out")
+    assert names.keys() == table.keys()
+    assert torch.equal(read_tensors(tmp_path / "out", names)[copy_of], torch.ones(23, 32))
+    # And again, into what was made: the old head's file goes, the new one's has its name.
+    trunk.stitch(tmp_path / "out", tmp_path / "again")
+    assert read_tensors(tmp_path / "again", names).keys() == table.keys()
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
+def test_a_routers_bias_stays_exact_in_a_stitched_head(family: str, tmp_path: Path) -> None:
+    policy = policy_of(family)
+    folder = write_policy(tmp_path / "policy", policy, None)
+    tensors = load_file(folder / "model.safetensors")
+    making.write_tensors(folder, {name: tensor.bfloat16() for name, tensor in tensors.items()})
+    drafter = random_head(policy)
+    bias = drafter.get_buffer("layer.mlp.gate.e_score_correction_bias").uniform_(5, 6)
+    drafter.stitch(folder, tmp_path / "out")
+    added = load_file(tmp_path / "out" / "model-mtp.safetensors")
+    exact = [name for name, tensor in added.items() if tensor.dtype != torch.bfloat16]
+    assert exact == ["model.layers.4.mlp.gate.e_score_correction_bias"]
+    assert torch.equal(added[exact[0]], bias)
+
+
+def test_stitching_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    policy = policy_of("mimo")
+    folder = write_policy(tmp_path / "policy", policy, random_head(policy))
+    table = dict.fromkeys(weight_files(folder), "model.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": table | {"lost": "lost.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"lost\.safetensors"):
+        random_head(policy).stitch(folder, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["policy"]
+    index.write_text(json.dumps({"weight_map": table}))
+    random_head(policy).stitch(folder, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "policy"]
 
 
 def test_half_a_head_is_refused(tmp_path: Path) -> None:

@@ -159,10 +159,10 @@ def _check_target(
     folder: Path, config: dict[str, Any], target: TargetFingerprint, manifest: Manifest | None
 ) -> None:
     # Not the architecture: engines and transformers name the same policy differently.
-    for field, expected in (
-        ("target_hidden_size", target.hidden_size),
-        ("vocab_size", target.vocab_size),
-    ):
+    fields = {"target_hidden_size": target.hidden_size, "vocab_size": target.vocab_size}
+    if kind_of(config) == "mtp":  # its tensors may be named after the policy's last layer
+        fields["num_hidden_layers"] = target.num_hidden_layers
+    for field, expected in fields.items():
         # A draft model reads nothing of the policy's, so its width is its own.
         if config.get(field, expected) != expected:
             problem = f"{config[field]}, but the policy has {expected}"

@@ -142,17 +142,21 @@ class Drafter(nn.Module, ABC):
 def write_drafter(
     folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype
 ) -> None:
-    """Write a drafter folder: ``config.json`` and weights; floating-point tensors are written in
-    `dtype`, but for those of :data:`_EXACT`.
-    """
+    """Write a drafter folder: ``config.json``, and weights in `dtype` (:func:`as_written`)."""
     folder.mkdir(parents=True, exist_ok=True)
     document = config | {"torch_dtype": str(dtype).removeprefix("torch.")}
     (folder / "config.json").write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
+    save_file(as_written(tensors, dtype), folder / "model.safetensors", metadata={"format": "pt"})
 
-    def as_written(name: str, tensor: Tensor) -> Tensor:
+
+def as_written(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors as they go into a file: floating-point ones in `dtype`, but for those of
+    :data:`_EXACT`.
+    """
+
+    def written(name: str, tensor: Tensor) -> Tensor:
         kept = name.endswith(_EXACT) or not tensor.is_floating_point()
         # Cloned: safetensors writes no two tensors that share storage.
         return tensor.detach().to("cpu", tensor.dtype if kept else dtype).contiguous().clone()
 
-    cast = {name: as_written(name, tensor) for name, tensor in tensors.items()}
-    save_file(cast, folder / "model.safetensors", metadata={"format": "pt"})
+    return {name: written(name, tensor) for name, tensor in tensors.items()}

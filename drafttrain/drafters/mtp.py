@@ -30,7 +30,7 @@ from drafttrain.drafters.batch import Batch
 from drafttrain.drafters.contract import Drafter, write_drafter
 from drafttrain.drafters.experts import fuse_experts, split_experts
 from drafttrain.drafters.kernels import compute_dtype
-from drafttrain.drafters.policy import PolicyShape, read_config, read_tensors, weight_files
+from drafttrain.drafters.policy import PolicyShape, read_tensors, trunk_prefix, weight_files
 from drafttrain.drafters.rounds import RoundsAttention, use_rounds
 from drafttrain.drafters.stitch import stitch_tensors
 from drafttrain.errors import CheckpointError, RolloutError
@@ -48,6 +48,11 @@ _MODELING = {
 
 # Checkpoints of some families repeat the policy's embedding and head beside the MTP head.
 _POLICYS_OWN = ("embed_tokens.weight", "shared_head.head.weight")
+
+# What the trunk's names start with in a policy that is only a language model.
+_TRUNK = "model."
+
+_STACKED = "experts.gate_up_proj"
 
 
 class MTPDrafter(Drafter):
@@ -144,8 +149,8 @@ class MTPDrafter(Drafter):
     @classmethod
     def from_policy(cls, folder: Path, policy: PolicyShape, **_: Any) -> Self:
         """The policy's own head where its checkpoint has one, otherwise a new one."""
-        name = family_of(read_config(folder))
-        names = _head_names(folder, FAMILIES[name], policy) if name else {}
+        name = family_of(policy.config.to_dict())
+        names = _place(folder, FAMILIES[name], policy)[1] if name else {}
         if name is None or not names:
             return cls.initialise(policy)
         reads_normed = FAMILIES[name].reads_normed
@@ -175,23 +180,48 @@ class MTPDrafter(Drafter):
         """Copy a policy's folder with this head in place of its own.
 
         Raises:
-            CheckpointError: the policy is of another family, or cannot be read.
+            CheckpointError: the policy is of another family or size, its own head has tensors that
+                this one has not, it cannot be read, or `out` exists or cannot be written.
         """
-        found = family_of(read_config(policy))
-        if found is None or FAMILIES[found] is not self.family:
-            problem = f"is not one of {self.family.architecture}, whose engine would run this head"
-            raise CheckpointError(policy, "config.json architectures", problem)
-        stitch_tensors(policy, self.head_tensors(), {self.family.count_key: 1}, out)
+        shape = PolicyShape.from_folder(policy)
+        self._check_fits(shape, policy)
+        start, shipped = _place(policy, self.family, shape)
+        stacked = any(name.endswith(_STACKED) for name in shipped)
+        head = {start + name: tensor for name, tensor in self._named(stacked=stacked).items()}
+        if others := shipped.values() - head.keys():
+            problem = "is of the policy's own head, and this one has nothing to put in its place"
+            raise CheckpointError(policy, min(others), problem)
+        stitch_tensors(policy, head, {self.family.count_key: 1}, out)
 
     def head_tensors(self) -> dict[str, Tensor]:
         """The head as its family's checkpoints name it."""
         prefix = head_prefix(self.family, self.config.to_dict())
+        return {prefix + name: tensor for name, tensor in self._named(stacked=False).items()}
+
+    def _named(self, *, stacked: bool) -> dict[str, Tensor]:
+        """The head's tensors named as in a checkpoint, without the head's prefix.
+
+        Args:
+            stacked: its experts in one tensor, not in one each.
+        """
         names = _module_names(self.family)
-        tensors = {}
-        for name, tensor in split_experts(self.state_dict()).items():
+        tensors = self.state_dict() if stacked else split_experts(self.state_dict())
+        named = {}
+        for name, tensor in tensors.items():
             module, _, rest = name.partition(".")
-            tensors[f"{prefix}{names[module]}{rest}"] = tensor
-        return tensors
+            named[names[module] + rest] = tensor
+        return named
+
+    def _check_fits(self, shape: PolicyShape, policy: Path) -> None:
+        where = policy / "config.json"
+        found = family_of(shape.config.to_dict())
+        if found is None or FAMILIES[found] is not self.family:
+            problem = f"is not one of {self.family.architecture}, whose engine would run this head"
+            raise CheckpointError(where, "architectures", problem)
+        for field in ("hidden_size", "num_hidden_layers"):
+            ours, theirs = getattr(self.config, field), getattr(shape.config, field)
+            if ours != theirs:
+                raise CheckpointError(where, field, f"{theirs}, but the head's policy has {ours}")
 
     def _load(self, tensors: dict[str, Tensor], where: Path) -> None:
         """Take tensors named as in a checkpoint, without the head's prefix."""
@@ -267,17 +297,22 @@ def _mimo_config(policy: PolicyShape) -> Qwen2Config:
     )
 
 
-def _head_names(folder: Path, family: MTPFamily, policy: PolicyShape) -> dict[str, str]:
-    """Names within the head to names in the policy's checkpoint; empty when it has no head.
+def _place(folder: Path, family: MTPFamily, policy: PolicyShape) -> tuple[str, dict[str, str]]:
+    """Where a policy's checkpoint has its head, or would have one.
 
     A multimodal checkpoint keeps its language model under a further prefix.
+
+    Returns:
+        What the names of the head's tensors start with; and, of those that are there, names within
+        the head to names in the checkpoint.
     """
-    prefix = head_prefix(family, policy.config.to_dict())
-    landmark = f"{prefix}{family.project}.weight"
     names = weight_files(folder)
-    root = next((n.removesuffix(landmark) for n in names if n.endswith(landmark)), None)
-    if root is None:
-        return {}
-    start = root + prefix
+    prefix = head_prefix(family, policy.config.to_dict())
+    within = prefix.removeprefix(_TRUNK)
+    project = f"{family.project}.weight"
+    landmark = next((n for n in names if f".{n}".endswith(f".{within}{project}")), None)
+    if landmark is None:
+        return (trunk_prefix(folder) if prefix.startswith(_TRUNK) else "") + within, {}
+    start = landmark.removesuffix(project)
     found = {name.removeprefix(start): name for name in names if name.startswith(start)}
-    return {ours: theirs for ours, theirs in found.items() if ours not in _POLICYS_OWN}
+    return start, {ours: theirs for ours, theirs in found.items() if ours not in _POLICYS_OWN}

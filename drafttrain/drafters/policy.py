@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,8 @@ from drafttrain.checkpoints.manifest import read_json
 from drafttrain.errors import CheckpointError
 from drafttrain.rollouts.record import PolicyHead
 
-# Where Hugging Face checkpoints of causal LMs keep the three tensors of the head.
-_EMBEDDING = "model.embed_tokens.weight"
-_FINAL_NORM = "model.norm.weight"
+# How the names of a policy's embedding and lm_head end, whatever they start with.
+_EMBEDDING = "embed_tokens.weight"
 _LM_HEAD = "lm_head.weight"
 
 # What families call the epsilon of their norms.
@@ -30,6 +30,8 @@ _NORM_ADDS_ONE = frozenset(
         *("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"),
     }
 )
+# MTP heads and the towers of a multimodal policy have tensors that end like the language model's.
+_NOT_THE_TRUNKS = re.compile(r"layers|mtp|visual|vision|audio")
 
 _PARTIAL_ROPE = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")
 _PLAIN_ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
@@ -138,15 +140,25 @@ def read_policy_head(folder: str | Path, policy: PolicyShape) -> PolicyHead:
     """
     folder = Path(folder)
     expected = (policy.vocab_size, policy.hidden_size)
-    embed_tokens = _read_tensor(folder, _EMBEDDING, expected)
+    trunk = trunk_prefix(folder)
+    embed_tokens = _read_tensor(folder, trunk + _EMBEDDING, expected)
     tied = bool(policy.config.tie_word_embeddings)
     return PolicyHead(
         policy_version=0,
         embed_tokens=embed_tokens,
-        lm_head=embed_tokens if tied else _read_tensor(folder, _LM_HEAD, expected),
-        final_norm=_read_tensor(folder, _FINAL_NORM, expected[1:]) + policy.norm_offset,
+        lm_head=embed_tokens if tied else _read_tensor(folder, _find(folder, _LM_HEAD), expected),
+        final_norm=_read_tensor(folder, f"{trunk}norm.weight", expected[1:]) + policy.norm_offset,
         norm_eps=policy.norm_eps,
     )
+
+
+def trunk_prefix(folder: Path) -> str:
+    """What the names of the trunk start with: ``model.``, or that of a part of a multimodal policy.
+
+    Raises:
+        CheckpointError: there is no embedding to tell it by, or more than one.
+    """
+    return _find(folder, _EMBEDDING).removesuffix(_EMBEDDING)
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -194,6 +206,20 @@ def read_tensors(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
         except (OSError, SafetensorError, KeyError) as error:
             raise CheckpointError(folder, name, f"cannot be read: {error}") from error
     return tensors
+
+
+def _find(folder: Path, ending: str) -> str:
+    """The one name of the language model that ends so.
+
+    Raises:
+        CheckpointError: there is none, or more than one.
+    """
+    names = (name for name in weight_files(folder) if f".{name}".endswith(f".{ending}"))
+    found = sorted(name for name in names if not _NOT_THE_TRUNKS.search(name))
+    if len(found) != 1:
+        problem = f"found {', '.join(found) or 'none'}; expected one in the language model"
+        raise CheckpointError(folder, ending, problem)
+    return found[0]
 
 
 def _read_tensor(folder: Path, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Set
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
-from drafttrain.drafters.policy import read_config, read_tensors, weight_files
+from drafttrain.drafters.contract import as_written
+from drafttrain.drafters.policy import read_config, read_tensors, trunk_prefix, weight_files
 from drafttrain.errors import CheckpointError
+from drafttrain.tensorfile import map_tensors
 
 _INDEX = "model.safetensors.index.json"
-_ADDED = "model-mtp.safetensors"
+_HEADER_LIMIT = 100 << 20  # safetensors' own
 
 
 def stitch_tensors(
@@ -28,37 +34,56 @@ def stitch_tensors(
     Args:
         policy: folder of a causal LM.
         tensors: names as in its checkpoint.
-        config: keys of ``config.json`` to set.
-        out: a new folder.
+        config: keys to set in the language model's configuration.
+        out: a new folder, there only once it is whole.
 
     Raises:
-        CheckpointError: `policy` cannot be read, or `out` exists.
+        CheckpointError: `policy` cannot be read, or `out` exists or cannot be written.
     """
     if out.exists():
         raise CheckpointError(out, "folder", "exists already; expected a new one")
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        _copy_others(policy, tensors.keys(), unfinished)
+        _add(policy, tensors, unfinished)
+        _set(policy, config, unfinished)
+        unfinished.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(out, "folder", f"cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)  # gone, once it has its name
+
+
+def _copy_others(policy: Path, replaced: Set[str], out: Path) -> None:
+    """Copy all of a policy's folder but its index and these tensors."""
     files = weight_files(policy)
-    replaced = files.keys() & tensors.keys()
-    touched = {files[name] for name in replaced}
-    weights = {*files.values(), policy / _INDEX}
-    shutil.copytree(policy, out, ignore=lambda _, names: {f.name for f in weights} & {*names})
-    for file in sorted(set(files.values())):
-        if file in touched:
-            kept = {n: t for n, t in load_file(file).items() if n not in tensors}
-            if kept:
-                save_file(kept, out / file.name, metadata={"format": "pt"})
-        else:
-            shutil.copy2(file, out / file.name)
-    dtype = _dtype_of(policy, files)
-    added = {name: tensor.detach().to("cpu", dtype).clone() for name, tensor in tensors.items()}
-    save_file(added, out / _ADDED, metadata={"format": "pt"})
-    table = {name: file.name for name, file in files.items()} | dict.fromkeys(tensors, _ADDED)
+    names = {file.name for file in files.values()} | {_INDEX}
+    shutil.copytree(policy, out, ignore=lambda _, found: names & {*found})
+    touched = {files[name] for name in files.keys() & replaced}
+    for file in sorted({*files.values()} - touched):
+        shutil.copy2(file, out / file.name)
+    for file in sorted(touched):
+        held = map_tensors(file, CheckpointError, max_header=_HEADER_LIMIT)[0]
+        kept = {name: tensor for name, tensor in held.items() if name not in replaced}
+        if kept:
+            save_file(kept, out / file.name, metadata={"format": "pt"})
+
+
+def _add(policy: Path, tensors: dict[str, Tensor], out: Path) -> None:
+    """Write `tensors` beside the policy's files, and the index of all."""
+    embedding = f"{trunk_prefix(policy)}embed_tokens.weight"
+    dtype = read_tensors(policy, [embedding])[embedding].dtype
+    names = (f"model-mtp{number or ''}.safetensors" for number in count())
+    added = next(name for name in names if not (out / name).exists())
+    save_file(as_written(tensors, dtype), out / added, metadata={"format": "pt"})
+    table = {name: file.name for name, file in weight_files(policy).items()}
+    table |= dict.fromkeys(tensors, added)
     (out / _INDEX).write_text(json.dumps({"metadata": {}, "weight_map": table}, indent=2) + "\n")
-    document = read_config(policy) | config
+
+
+def _set(policy: Path, config: dict[str, Any], out: Path) -> None:
+    """Write ``config.json``; what is set is of the language model."""
+    document = read_config(policy)
+    text = document.get("text_config")
+    (text if isinstance(text, dict) else document).update(config)
     (out / "config.json").write_text(json.dumps(document, indent=2) + "\n")
-
-
-def _dtype_of(policy: Path, files: dict[str, Path]) -> Any:
-    name = next((name for name in files if name.endswith("embed_tokens.weight")), None)
-    if name is None:
-        raise CheckpointError(policy, "embed_tokens.weight", "missing")
-    return read_tensors(policy, [name])[name].dtype
