@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import making
@@ -46,6 +49,31 @@ def run(*arguments: object) -> int:
     with pytest.raises(SystemExit) as ended:
         main([str(argument) for argument in arguments])
     return int(ended.value.code or 0)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
+def test_a_folders_own_code_is_never_run(
+    known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy, marker = tmp_path / "policy", tmp_path / "marker"
+    policy.mkdir()
+    config = {
+        "model_type": "qwen3" if known else "unheard_of",
+        "architectures": ["Qwen3ForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "code.Config",
+            "AutoModelForCausalLM": "code.Model",
+            "AutoTokenizer": "code.Tokenizer",
+        },
+        **dict.fromkeys(("hidden_size", "vocab_size", "num_hidden_layers"), 8),
+    }
+    (policy / "config.json").write_text(json.dumps(config))
+    (policy / "code.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
+    out = ("--out", tmp_path / "out")
+    assert run("init", "--target", policy, "--kind", "draft_model", *out) == 2
+    assert ("never run" in capsys.readouterr().err) != known
+    assert not marker.exists()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -117,3 +145,14 @@ def test_a_layout_that_a_kind_has_not_is_refused(
     out = ("--out", tmp_path / "out", "--layout", "speculators")
     assert run("export", tmp_path / "made", "--target", policy, *out) == 2
     assert "--layout" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 5}}'])
+def test_an_index_that_names_no_files_is_refused(
+    index: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder / "policy", tmp_path / "policy")
+    (tmp_path / "policy" / "model.safetensors.index.json").write_text(index)
+    out = ("--out", tmp_path / "out")
+    assert run("init", "--target", tmp_path / "policy", "--kind", "draft_model", *out) == 2
+    assert "weights: cannot be read" in capsys.readouterr().err

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import making
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from drafttrain.config import TrainingConfig
 from drafttrain.control.acceptance import estimate_acceptance
+from drafttrain.drafters import DraftModel
 from drafttrain.errors import CheckpointError, RolloutError
 from drafttrain.rollouts.record import Rollout
+from drafttrain.training.devices import Devices, whole
 from drafttrain.training.trainer import StepReport, Trainer
 
 POLICY = making.policy_shape()
@@ -54,6 +58,67 @@ def test_resume_is_exact(tmp_path: Path) -> None:
     for ours, theirs in ((straight.drafter, resumed.drafter), (straight.average, resumed.average)):
         for name, tensor in ours.state_dict().items():
             assert torch.equal(tensor, theirs.state_dict()[name]), name
+
+
+def tied_model(seed: int = 0) -> DraftModel:
+    torch.manual_seed(seed)
+    return DraftModel.initialise(making.policy_shape(tie_word_embeddings=True), layers=2)
+
+
+def test_a_tied_head_is_saved_once_and_resumed_exactly(tmp_path: Path) -> None:
+    straight = Trainer(tied_model(), CONFIG)
+    take_steps(straight, 2, first_seed=0)
+    straight.save(tmp_path)
+    saved = load_file(tmp_path / "trainer.safetensors")
+    assert not [name for name in saved if "lm_head" in name]
+    expected = take_steps(straight, 2, first_seed=2)
+
+    resumed = Trainer(tied_model(seed=7), CONFIG)
+    resumed.restore(tmp_path)
+    assert take_steps(resumed, 2, first_seed=2) == expected
+    for ours, theirs in ((straight.drafter, resumed.drafter), (straight.average, resumed.average)):
+        for name, tensor in ours.state_dict().items():
+            assert torch.equal(tensor, theirs.state_dict()[name]), name
+
+
+def test_a_frozen_tied_head_stays_and_so_does_the_embedding() -> None:
+    drafter = tied_model()
+    before = {name: tensor.clone() for name, tensor in drafter.state_dict().items()}
+    config = CONFIG.model_copy(update={"train_head": False, "weight_decay": 0.1})
+    take_steps(Trainer(drafter, config), 1, first_seed=0)
+    moved = {n for n, tensor in drafter.state_dict().items() if not torch.equal(tensor, before[n])}
+    assert moved
+    assert not moved & {"model.lm_head.weight", "model.model.embed_tokens.weight"}
+
+
+@pytest.fixture
+def divided() -> Iterator[Devices]:
+    """Weights divided as among several processes, by the only one there is."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    devices = Devices()
+    devices.sharded = True
+    yield devices
+    torch.distributed.destroy_process_group()
+
+
+def test_low_rank_additions_that_are_divided_resume_exactly(
+    divided: Devices, tmp_path: Path
+) -> None:
+    def trainer(seed: int) -> Trainer:
+        torch.manual_seed(seed)
+        config = CONFIG.model_copy(update={"lora_rank": 2})
+        return Trainer(DraftModel.initialise(POLICY, layers=2), config, devices=divided)
+
+    straight = trainer(0)
+    take_steps(straight, 2, first_seed=0)
+    straight.save(tmp_path)
+    expected = take_steps(straight, 2, first_seed=2)
+    resumed = trainer(7)
+    resumed.restore(tmp_path)
+    assert take_steps(resumed, 2, first_seed=2) == expected
+    for name, tensor in straight.average.state_dict().items():
+        assert torch.equal(whole(tensor), whole(resumed.average.state_dict()[name])), name
 
 
 def test_rollouts_of_two_policy_versions_use_their_own_heads() -> None:

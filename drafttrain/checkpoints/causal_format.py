@@ -22,6 +22,17 @@ _LISTED = {
     "Qwen3ForCausalLM": (False, True),
 }
 
+# Families that name their embedding and their head otherwise than all others.
+_TABLES = {
+    "GPTNeoXForCausalLM": ("gpt_neox.embed_in.weight", "embed_out.weight"),
+    "OPTForCausalLM": ("model.decoder.embed_tokens.weight", "lm_head.weight"),
+}
+
+
+def table_names(architecture: str) -> tuple[str, str]:
+    """What this family calls its embedding and its head in a checkpoint."""
+    return _TABLES.get(architecture, ("model.embed_tokens.weight", "lm_head.weight"))
+
 
 def causal_tensors(config: dict[str, Any], where: str | Path) -> ExpectedTensors:
     """The tensors of a causal LM's checkpoint.
@@ -33,12 +44,15 @@ def causal_tensors(config: dict[str, Any], where: str | Path) -> ExpectedTensors
         CheckpointError: a size is missing or wrong.
     """
     sizes = Sizes(config, where)
-    table = (sizes["vocab_size"], sizes["hidden_size"])
+    # OPT's embedding may be narrower than its layers.
+    width = "word_embed_proj_dim" if sizes.has("word_embed_proj_dim") else "hidden_size"
+    table = (sizes["vocab_size"], sizes[width])
     layers = sizes["num_hidden_layers"]
-    required: Shapes = {"model.embed_tokens.weight": table}
-    optional: Shapes = {}
-    (optional if sizes.flag("tie_word_embeddings") else required)["lm_head.weight"] = table
     architecture = config["architectures"][0]
+    embedding, head = table_names(architecture)
+    required: Shapes = {embedding: table}
+    optional: Shapes = {}
+    (optional if sizes.flag("tie_word_embeddings") else required)[head] = table
     if architecture not in _LISTED or sizes.flag("attention_bias") or sizes.flag("mlp_bias"):
         return ExpectedTensors(required, optional, others=True)
     bias, qk_norm = _LISTED[architecture]

@@ -62,9 +62,12 @@ class PolicyShape:
             if known_as is not None:
                 config = AutoConfig.for_model(**read_config(folder) | {"model_type": known_as})
             else:
-                config = AutoConfig.from_pretrained(str(folder))
+                config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(folder, "config.json", f"cannot be read: {error}") from error
+            problem = f"cannot be read: {error}"
+            if "trust_remote_code" in str(error):
+                problem = "needs Python code of the folder's own, which is never run"
+            raise CheckpointError(folder, "config.json", problem) from error
         return cls(config.get_text_config())
 
     @property
@@ -124,7 +127,9 @@ def load_tokenizer(folder: str | Path) -> Any:
         CheckpointError: the folder has none that transformers can load.
     """
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         problem = "rollouts hold text, but the policy's tokenizer cannot be loaded: "
         raise CheckpointError(folder, "tokenizer", f"{problem}{error}") from error
@@ -182,12 +187,12 @@ def weight_files(folder: Path) -> dict[str, Path]:
     try:
         if index.exists():
             # The index comes from outside: only a plain name in this folder is followed.
-            table = json.loads(index.read_text())["weight_map"].items()
-            return {name: folder / Path(file).name for name, file in table}
+            table = json.loads(index.read_text())["weight_map"]
+            return {name: folder / Path(file).name for name, file in table.items()}
         single = folder / "model.safetensors"
         with safe_open(single, framework="pt") as file:
             return dict.fromkeys(file.keys(), single)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(folder, "weights", f"cannot be read: {error}") from error
 
 

@@ -203,7 +203,12 @@ def _load(folder: Path, dtype: str, device_map: str | None) -> Any:
     options = {"device_map": device_map} if device_map else {}
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, use_safetensors=True, local_files_only=True, **options
+            str(folder),
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            **options,
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(folder, "weights", f"cannot be loaded: {error}") from error

@@ -95,6 +95,9 @@ class Trainer:
             weight_decay=config.weight_decay,
             fused=True,
         )
+        if not config.train_head:
+            # After the optimizer is made: its saved state counts parameters, these among them.
+            drafter.head_weight(torch.empty(0)).requires_grad_(False)
 
     @property
     def average(self) -> Drafter:
@@ -205,10 +208,9 @@ class Trainer:
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             depths = 1 if self.drafter.same_at_every_depth else self.config.draft_tokens
             hidden = self.drafter.unroll(batch, head.embed_tokens.to(device), depths)
-            draft_head = self.drafter.head_weight(policy_head)
             result = draft_loss(
                 hidden,
-                draft_head if self.config.train_head else draft_head.detach(),
+                self.drafter.head_weight(policy_head),
                 batch,
                 policy_head,
                 objective=self.config.objective,
@@ -251,8 +253,8 @@ class Trainer:
             folder: the state's folder; its ``trainer.safetensors`` is replaced atomically.
             progress: what else the caller must remember, as JSON.
         """
-        tensors = {f"drafter.{name}": t for name, t in self.drafter.state_dict().items()}
-        tensors |= {f"average.{name}": t for name, t in self._averaged.state_dict().items()}
+        tensors = {f"drafter.{name}": t for name, t in _distinct(self.drafter).items()}
+        tensors |= {f"average.{name}": t for name, t in _distinct(self._averaged).items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             for key, value in state.items():
                 tensors[f"optimizer.{index}.{key}"] = torch.as_tensor(value)
@@ -288,7 +290,7 @@ class Trainer:
         except RuntimeError as error:
             raise CheckpointError(path, "drafter", f"does not fit the drafter: {error}") from error
         state: dict[int, dict[str, Tensor]] = {}
-        parameters = list(self.drafter.parameters())
+        parameters = self.optimizer.param_groups[0]["params"]  # what the saved state counts
         for name, tensor in _with_prefix(tensors, "optimizer.").items():
             index, key = name.split(".", 1)
             reference = parameters[int(index)]
@@ -304,12 +306,27 @@ class Trainer:
         return progress
 
 
+def _distinct(module: torch.nn.Module) -> dict[str, Tensor]:
+    """The state of `module`, a tensor that has several names (a tied head) under the first."""
+    state = module.state_dict()
+    return {name: state[name] for name in dict.fromkeys(_first_names(module).values())}
+
+
+def _first_names(module: torch.nn.Module) -> dict[str, str]:
+    """Every name in its state to the first name of the same tensor."""
+    first: dict[int, str] = {}
+    named = module.state_dict(keep_vars=True)
+    return {name: first.setdefault(id(tensor), name) for name, tensor in named.items()}
+
+
 def _load(module: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
-    own = module.state_dict()
+    """Load what :func:`_distinct` gave."""
+    own, firsts = module.state_dict(), _first_names(module).items()
+    given = tensors | {name: tensors[first] for name, first in firsts if first in tensors}
     module.load_state_dict(
         {
             name: divided_as(own[name], tensor) if name in own else tensor
-            for name, tensor in tensors.items()
+            for name, tensor in given.items()
         }
     )
 
