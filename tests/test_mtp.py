@@ -132,8 +132,7 @@ def draft_one_round(
     Returns:
         [DEPTHS, H].
     """
-    family, layer = drafter.family, copy.deepcopy(drafter.layer)
-    layer.self_attn.config._attn_implementation = "eager"
+    family = drafter.family
     known, outputs = list(states[: slot + 1]), []
     for _ in range(DEPTHS):
         rows = len(known)
@@ -141,18 +140,25 @@ def draft_one_round(
         if family.zero_first:
             embeds = embeds * (torch.arange(rows) > 0)[:, None]
         parts = [drafter.embed_norm(embeds), drafter.hidden_norm(torch.stack(known))]
-        x = drafter.project(torch.cat(parts if family.embed_first else parts[::-1], -1))[None]
-        positions = torch.arange(rows)[None]
-        future = torch.full((rows, rows), float("-inf")).triu(1)[None, None]
-        hidden = layer(
-            x,
-            attention_mask=future,
-            position_ids=positions,
-            position_embeddings=drafter.rotary(x, positions),
-        )[0, -1]
+        x = drafter.project(torch.cat(parts if family.embed_first else parts[::-1], -1))
+        hidden = run_layer(drafter, x)[-1]
         outputs.append(drafter.out_norm(hidden))
         known.append(outputs[-1] if family.feeds_normed else hidden)
     return torch.stack(outputs)
+
+
+def run_layer(drafter: MTPDrafter, x: Tensor) -> Tensor:
+    """[N, H]: the decoder layer over one rollout's first N positions, with its plain attention."""
+    layer = copy.deepcopy(drafter.layer)
+    layer.self_attn.config._attn_implementation = "eager"
+    positions = torch.arange(len(x))[None]
+    out: Tensor = layer(
+        x[None],
+        attention_mask=torch.full((len(x), len(x)), float("-inf")).triu(1)[None, None],
+        position_ids=positions,
+        position_embeddings=drafter.rotary(x, positions),
+    )
+    return out[0]
 
 
 @families

@@ -180,6 +180,12 @@ def head_prefix(family: MTPFamily, config: dict[str, Any]) -> str:
     return family.prefix.format(layers=config["num_hidden_layers"])
 
 
+def tells_layers(config: dict[str, Any]) -> bool:
+    """Whether the names of such a head's tensors hold the policy's layer count."""
+    name = family_of(config)
+    return name is not None and "{layers}" in FAMILIES[name].prefix
+
+
 def mtp_tensors(config: dict[str, Any], where: str | Path) -> ExpectedTensors:
     """The tensors of a drafter folder that holds an MTP head.
 

@@ -24,7 +24,13 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, Qwen2Config
 
 from drafttrain.checkpoints.manifest import Kind, TargetFingerprint
-from drafttrain.checkpoints.mtp_format import FAMILIES, MTPFamily, family_of, head_prefix
+from drafttrain.checkpoints.mtp_format import (
+    FAMILIES,
+    MTPFamily,
+    family_of,
+    head_prefix,
+    tells_layers,
+)
 from drafttrain.checkpoints.verify import verify
 from drafttrain.drafters.batch import Batch
 from drafttrain.drafters.contract import Drafter, write_drafter
@@ -218,7 +224,8 @@ class MTPDrafter(Drafter):
         if found is None or FAMILIES[found] is not self.family:
             problem = f"is not one of {self.family.architecture}, whose engine would run this head"
             raise CheckpointError(where, "architectures", problem)
-        for field in ("hidden_size", "num_hidden_layers"):
+        told = ("num_hidden_layers",) if tells_layers(shape.config.to_dict()) else ()
+        for field in ("hidden_size", *told):
             ours, theirs = getattr(self.config, field), getattr(shape.config, field)
             if ours != theirs:
                 raise CheckpointError(where, field, f"{theirs}, but the head's policy has {ours}")
