@@ -92,23 +92,33 @@ def test_a_frozen_tied_head_stays_and_so_does_the_embedding() -> None:
 
 
 @pytest.fixture
-def divided() -> Iterator[Devices]:
-    """Weights divided as among several processes, by the only one there is."""
+def devices() -> Iterator[Devices]:
+    """One process that behaves as one of several: what it shares, it shares with itself."""
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     devices = Devices()
-    devices.sharded = True
+    devices.count = 2
     yield devices
     torch.distributed.destroy_process_group()
 
 
+def test_a_frozen_head_does_not_decay_in_company(devices: Devices) -> None:
+    drafter = making.drafter(POLICY)
+    before = drafter.lm_head.weight.detach().clone()
+    config = CONFIG.model_copy(update={"train_head": False, "weight_decay": 0.1})
+    take_steps(Trainer(drafter, config, devices=devices), 1, first_seed=0)
+    assert torch.equal(drafter.lm_head.weight, before)
+
+
 def test_low_rank_additions_that_are_divided_resume_exactly(
-    divided: Devices, tmp_path: Path
+    devices: Devices, tmp_path: Path
 ) -> None:
+    devices.count, devices.sharded = 1, True
+
     def trainer(seed: int) -> Trainer:
         torch.manual_seed(seed)
         config = CONFIG.model_copy(update={"lora_rank": 2})
-        return Trainer(DraftModel.initialise(POLICY, layers=2), config, devices=divided)
+        return Trainer(DraftModel.initialise(POLICY, layers=2), config, devices=devices)
 
     straight = trainer(0)
     take_steps(straight, 2, first_seed=0)
