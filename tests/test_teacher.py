@@ -9,6 +9,7 @@ import making
 import pytest
 import torch
 from offline_files import write_policy
+from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from drafttrain.errors import CheckpointError
@@ -118,6 +119,15 @@ def test_a_policy_without_weights_or_layers(tmp_path: Path) -> None:
         TransformersTeacher(tmp_path, (1, 2, 3))
     with pytest.raises(CheckpointError, match="9; the policy has 4 layers"):
         TransformersTeacher(tmp_path, (1, 2, 9))
+
+
+def test_a_policy_that_lacks_a_tensor(tmp_path: Path) -> None:
+    write_policy(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj"):
+        TransformersTeacher(tmp_path, (1, 2, 3))
 
 
 def test_only_safetensors_are_loaded(tmp_path: Path) -> None:

@@ -202,8 +202,9 @@ def _padded_together(saved: Sequence[SavedRollout], chunk: int) -> Iterator[list
 def _load(folder: Path, dtype: str, device_map: str | None) -> Any:
     options = {"device_map": device_map} if device_map else {}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             str(folder),
+            output_loading_info=True,
             dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
@@ -212,6 +213,8 @@ def _load(folder: Path, dtype: str, device_map: str | None) -> Any:
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(folder, "weights", f"cannot be loaded: {error}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise CheckpointError(folder, missing[0], "missing")
     if device_map is None and torch.cuda.is_available():
         model.to("cuda")
     return model.eval().requires_grad_(False)
