@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks.engines import Engine
-from benchmarks.parity import Bench
+from benchmarks.parity import Bench, DraftParity
 from benchmarks.subjects import SUBJECTS
 from drafttrain.drafters import Eagle3Drafter, MTPDrafter
 
@@ -34,14 +34,18 @@ def bench_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bench]
     return bench
 
 
+def assert_alike(parity: DraftParity, positions: int) -> None:
+    """Of more than so many drafted positions, at least 99.9% alike."""
+    assert parity.positions > positions
+    assert parity.agreeing + parity.ties >= 0.999 * parity.positions, parity
+
+
 @chosen
 @pytest.mark.parametrize("k", [1, 4])
 def test_the_engine_drafts_what_our_forward_drafts(
     bench_of: Callable[[str], Bench], name: str, k: int
 ) -> None:
-    parity = bench_of(name).parity(k, count=24)
-    assert parity.positions > 300 * k
-    assert parity.agreeing + parity.ties >= 0.999 * parity.positions, parity
+    assert_alike(bench_of(name).parity(k, count=24), 300 * k)
 
 
 @chosen
@@ -64,9 +68,7 @@ def test_a_policy_with_a_new_head_stitched_in_drafts_by_itself(
     policy = tmp_path / "stitched"
     bench.drafter.stitch(bench.policy, policy)
     engine = Engine(policy, policy, method="mtp", k=2, spool=tmp_path / "spool")
-    parity = bench.parity(2, 16, engine)
-    assert parity.positions > 200
-    assert parity.agreeing + parity.ties >= 0.999 * parity.positions, parity
+    assert_alike(bench.parity(2, 16, engine), 200)
 
 
 def test_the_engine_reads_the_layout_of_speculators(
@@ -77,6 +79,4 @@ def test_the_engine_reads_the_layout_of_speculators(
     folder = tmp_path / "eagle3"
     bench.drafter.export_speculators(folder, bench.policy, k=2)
     engine = Engine(bench.policy, folder, method="eagle3", k=2, spool=tmp_path / "spool")
-    parity = bench.parity(2, 16, engine)
-    assert parity.positions > 200
-    assert parity.agreeing + parity.ties >= 0.999 * parity.positions, parity
+    assert_alike(bench.parity(2, 16, engine), 200)
