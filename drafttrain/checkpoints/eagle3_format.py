@@ -57,8 +57,9 @@ def with_layer_ids(config: dict[str, Any], num_layers: int) -> dict[str, Any]:
     """
     if _names_layers(config):
         return config
-    filled = {"num_aux_hidden_states": 3} | config
-    return filled | {_LAYER_IDS: engine_layer_ids(num_layers)}
+    count = config.get("num_aux_hidden_states") or 3
+    ids = engine_layer_ids(num_layers)
+    return config | {"num_aux_hidden_states": count, _LAYER_IDS: ids}
 
 
 def _names_layers(config: dict[str, Any]) -> bool:

@@ -161,7 +161,7 @@ def _check_target(
 ) -> None:
     # Not the architecture: engines and transformers name the same policy differently.
     fields = {"target_hidden_size": target.hidden_size, "vocab_size": target.vocab_size}
-    if kind_of(config) == "mtp" and tells_layers(config):
+    if tells_layers(config):
         fields["num_hidden_layers"] = target.num_hidden_layers
     for field, expected in fields.items():
         # A draft model reads nothing of the policy's, so its width is its own.
