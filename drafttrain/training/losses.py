@@ -7,7 +7,6 @@ log-probabilities of a row are computed once for all draft depths that predict i
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,67 +16,12 @@ from torch import Tensor
 from drafttrain.config import ObjectiveName
 from drafttrain.drafters.batch import Batch, pad_rows
 from drafttrain.drafters.kernels import compute_dtype
-from drafttrain.training.objectives import OBJECTIVES
+from drafttrain.training.fused import Softmax, Values, values_of
 
 # Draft logits that exist at once: fewer chunks mean fewer sums of the head's gradient.
 LOGITS_AT_ONCE = 1 << 26
 # Those worked on at once, in several float32 tensors of that size: on a CPU they fit its cache.
-_BLOCK_ELEMENTS, _BLOCK_ELEMENTS_CPU = 1 << 24, 1 << 18
-# Below it sum(min(p, q)) is too inexact in float32 to divide by.
-_LEAST_OVERLAP = 1e-30
-
-
-def _soft_cross_entropy(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    p, q = log_p.exp(), log_q.exp()
-    value = -(p * log_q).sum(-1)
-    overlap = torch.minimum(p, q).sum(-1)
-    return value, overlap, q.mul_(p.sum(-1, keepdim=True)).sub_(p)
-
-
-def _tv(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q = log_q.exp()
-    scarce = _less(log_q, log_p).mul_(q)
-    overlap = torch.minimum(log_p.exp(), q).sum(-1)
-    return 1.0 - overlap, overlap, q.mul_(scarce.sum(-1, keepdim=True)).sub_(scarce)
-
-
-def _lk(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    _, overlap, slope = _tv(log_p, log_q)
-    if bool((overlap > _LEAST_OVERLAP).all()):
-        return -overlap.log(), overlap, slope.div_(overlap[..., None])
-    # In log space: finite, with a useful gradient, where p and q share no mass in float32.
-    far = OBJECTIVES["lk"]
-    return far.value(log_p, log_q), overlap, far.gradient(log_p, log_q)
-
-
-def _less(a: Tensor, b: Tensor) -> Tensor:
-    """1 where a < b, else 0, in a's dtype: masks of bool are slow on a CPU."""
-    return torch.lt(a, b, out=torch.empty_like(a))
-
-
-Values = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-"""(log p [n, V], log q [D, n, V]) to the value and sum(min(p, q)), [D, n] each, and the value's
-gradient with respect to the draft's logits, [D, n, V]."""
-
-# The objectives that are trained with most, in few passes over memory.
-_FUSED: dict[ObjectiveName, Values] = {
-    "soft_cross_entropy": _soft_cross_entropy,
-    "tv": _tv,
-    "lk": _lk,
-}
-
-
-def values_of(name: ObjectiveName) -> Values:
-    """An objective as the chunks want it."""
-    if name in _FUSED:
-        return _FUSED[name]
-    objective = OBJECTIVES[name]
-
-    def values(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        overlap = torch.minimum(log_p, log_q).exp().sum(-1)
-        return objective.value(log_p, log_q), overlap, objective.gradient(log_p, log_q)
-
-    return values
+_BLOCK_ELEMENTS, _BLOCK_ELEMENTS_CPU = 1 << 24, 1 << 19
 
 
 @dataclass(frozen=True)
@@ -285,11 +229,10 @@ def _slopes_in_place(
     total, overlaps = weights.new_zeros(()), []
     for start in range(0, rows, block):
         part = slice(start, start + block)
-        log_p = policy_logits[part].log_softmax(-1, dtype=wide)
+        p, q = Softmax.of(policy_logits[part], wide), Softmax.of(logits[:, part], wide)
         if draft_ids is not None:
-            log_p = log_p[:, draft_ids]
-        log_q = logits[:, part].log_softmax(-1, dtype=wide)
-        value, overlap, slope = objective(log_p, log_q)
+            p = p.of_tokens(draft_ids)
+        value, overlap, slope = objective(p, q)
         total += (value * weights[:, part]).sum()
         overlaps.append(overlap)
         logits[:, part] = slope.mul_(weights[:, part, None])
