@@ -222,23 +222,28 @@ def _causal_backward(
         lse, delta: [rollouts * heads, size, 1], wide: log-sum-exp, and the mean of the slopes.
 
     Returns:
-        those of query (times the square root of d), key and value, of which d columns count.
+        those of query (times the square root of d), [rollouts * heads, size, d], key and value.
     """
-    grad_q = torch.empty_like(query)
+    width = query.shape[-1] - _spare(query)
+    grad_q = query.new_empty(*query.shape[:-1], width)
     for start, stop in group.tiles():
         q, g = query[:, start:stop], grad[:, start:stop]
         k, v = key[:, :stop], value[:, :stop]
         weights = _weights(k, q, lse[:, start:stop], start)
         slopes = _slopes(v, g, delta[:, start:stop], weights)
-        grad_q[:, start:stop] = torch.bmm(slopes.mT, k)
-        of_keys, of_values = torch.bmm(slopes, q), torch.bmm(weights, g)
+        grad_q[:, start:stop] = torch.bmm(slopes.mT, k[..., :width])
+        of_keys = torch.bmm(slopes, q[..., :width])
+        of_values = torch.bmm(weights, g[..., :width])
         if stop == group.size:
             sums = wide(key) if start > 0 else key.dtype
             grad_k, grad_v = of_keys.to(sums), of_values.to(sums)
         else:
             grad_k[:, :stop] += of_keys
             grad_v[:, :stop] += of_values
-    return grad_q, grad_k.mul_(_LN2).to(key.dtype), grad_v.to(key.dtype)
+    grad_k, grad_v = (
+        F.pad(sums.to(key.dtype), (0, _spare(key))) for sums in (grad_k.mul_(_LN2), grad_v)
+    )
+    return grad_q, grad_k, grad_v
 
 
 def _weights(key: Tensor, query: Tensor, shift: Tensor, start: int) -> Tensor:
@@ -279,10 +284,10 @@ def _spare(like: Tensor) -> int:
 
 def _put_terms(x: Tensor, term: Tensor) -> None:
     """Write `term`, [.., 1], into the spare columns of `x`, which add up to it."""
-    high = term.to(x.dtype)
-    low = (term - high).to(x.dtype)
-    spare = _spare(x)
-    x[..., -spare:] = F.pad(torch.cat([high, low], -1), (spare - 2, 0))
+    high, low, zero = x[..., -_spare(x) :].split([1, 1, _spare(x) - 2], -1)
+    high.copy_(term)
+    low.copy_(term - high)
+    zero.zero_()
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ from drafttrain.checkpoints.verify import CONFIG, verify
 from drafttrain.config import Section, validated
 from drafttrain.drafters.batch import Batch, pad_rows
 from drafttrain.drafters.contract import Drafter, write_drafter
-from drafttrain.drafters.eagle3_layer import AttentionPlans, Eagle3Layer, Rotation, UnrolledLayer
+from drafttrain.drafters.eagle3_layer import AttentionPlans, Eagle3Layer, UnrolledLayer
 from drafttrain.drafters.kernels import compute_dtype, unit_rms
 from drafttrain.drafters.policy import PolicyShape, read_config, read_policy_head
 from drafttrain.errors import CheckpointError
@@ -122,13 +122,14 @@ class Eagle3Drafter(Drafter):
         slots, rounds = pad_rows(batch.slots), pad_rows(batch.rounds)
         hidden = F.linear(self._features(batch, slots).to(dtype), self.fc.weight.to(dtype))
         layers = self._unrolled_layers(batch, embed_tokens, dtype)
+        rotations = self._rotations(int(batch.lengths.max()) + depths, dtype)
         # Depth 0 has keys at every slot, prompts included; rounds start only at some of them.
         starts, rows, outputs = batch.slots, slots, []
         for depth in range(depths):
             # Past the last token there is nothing to embed, and nothing there is trained on.
             end = len(batch.tokens)
             embedded = pad_rows((starts + 1 + depth).clamp_max(end), fill=end)
-            rotation = self._rotation(batch.positions[rows] + depth, dtype)
+            rotation = rotations[:, batch.positions[rows] + depth]
             for layer in layers:
                 hidden = layer(hidden, embedded, rotation)
             drafting = unit_rms(hidden, eps) * self.norm.weight.to(dtype)
@@ -164,10 +165,11 @@ class Eagle3Drafter(Drafter):
             for index, layer in enumerate(cast("Iterable[Eagle3Layer]", self.layers))
         ]
 
-    def _rotation(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
-        cos, sin = self.rotary(self.fc.weight, positions[None])
-        half = cos.shape[-1] // 2  # both halves are the same
-        return cos[0, :, None, :half].to(dtype), sin[0, :, None, :half].to(dtype)
+    def _rotations(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Cosine and sine at the first `count` positions: [2, count, 1, d / 2]."""
+        positions = torch.arange(count, device=self.fc.weight.device)
+        both = torch.stack(self.rotary(self.fc.weight, positions[None]))
+        return both[:, 0, :, None, : both.shape[-1] // 2].to(dtype)  # the halves are the same
 
     def head_weight(self, policy_head: Tensor) -> Tensor:
         return self.lm_head.weight

@@ -15,9 +15,6 @@ from drafttrain.drafters.attention_plan import AttentionPlan
 from drafttrain.drafters.batch import Batch, pad_rows
 from drafttrain.drafters.kernels import rotate, swiglu, take_rows, unit_rms
 
-Rotation = tuple[Tensor, Tensor]
-"""Cosine and sine of a rotary embedding, [N, 1, d / 2] each."""
-
 
 class Eagle3Attention(nn.Module):
     """Grouped-query attention; of the first layer over cat(embedding, features), `width` 2H.
@@ -122,13 +119,13 @@ class UnrolledLayer:
         self.down_weight = mlp.down_proj.weight.to(dtype).T
         self.kept = KeysValues()
 
-    def __call__(self, hidden: Tensor, embedded: Tensor, rotation: Rotation) -> Tensor:
+    def __call__(self, hidden: Tensor, embedded: Tensor, rotation: Tensor) -> Tensor:
         """One depth.
 
         Args:
             hidden: [N, H]; of every slot at depth 0, then of every round.
             embedded: int64 [N], which tokens are embedded there.
-            rotation: cosine and sine at their positions.
+            rotation: cosine and sine at their positions, [2, N, 1, d / 2].
 
         Returns:
             [N, H]; of the last layer at depth 0, [R, H] of the rounds.
@@ -158,7 +155,7 @@ class UnrolledLayer:
             return F.linear(normed, self.qkv_weight, self.bias)
         return torch.addmm(take_rows(self.qkv_of_embeds, embedded), normed, self.qkv_weight.T)
 
-    def _split(self, qkv: Tensor, rotation: Rotation) -> Tensor:
+    def _split(self, qkv: Tensor, rotation: Tensor) -> Tensor:
         """Keep this depth's keys and values; return its queries, [N, heads, d]."""
         attention = self.layer.self_attn
         heads, kv_heads = attention.heads, attention.kv_heads
