@@ -19,8 +19,8 @@ BUDGET = 10.0
 """Seconds after which a contender's repetitions in a cell end; one at least."""
 MOST_REPETITIONS = 15
 HOPELESS = 20.0
-"""How many times another precision's step a first step may take; where a processor has no bfloat16
-products, it is fifty."""
+"""How many times another precision's step a step may take to be tried again; where a processor has
+no bfloat16 products, it is fifty."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,10 @@ def faster_precisions(names: Iterable[str], pilot: Cell) -> dict[str, Precision]
         for worker in workers:
             stack.enter_context(closing(worker.wait()))
         for worker, (name, precision) in zip(workers, variants, strict=True):
-            if worker.step().seconds > HOPELESS * fastest.get(name, math.inf):
-                continue
-            seconds = min(worker.step().seconds for _ in range(2))
+            worker.step()  # a peer may compile in it
+            seconds = worker.step().seconds
+            if seconds < HOPELESS * fastest.get(name, math.inf):
+                seconds = min(seconds, worker.step().seconds)
             if seconds < fastest.get(name, math.inf):
                 fastest[name], chosen[name] = seconds, precision
     return {FLOOR: chosen[OURS]} | chosen
