@@ -1,19 +1,26 @@
-"""From the paths a user names to a corpus: a spool as it is, other rollouts through the teacher."""
+"""From the paths a user names to a corpus: a spool as it is, other rollouts through the teacher.
+
+And to a draft vocabulary, for which their tokens are enough."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from torch import Tensor
+
 from drafttrain.config import PretrainConfig
 from drafttrain.drafters.policy import PolicyShape, load_tokenizer
+from drafttrain.drafters.vocabulary import choose_vocabulary
 from drafttrain.errors import RolloutError, SpoolError
-from drafttrain.rollouts.sources import Encoder, Reading, read_rollouts
+from drafttrain.rollouts.record import Rollout
+from drafttrain.rollouts.replay import Replay
+from drafttrain.rollouts.sources import Encoder, Reading, SavedRollout, read_rollouts
 from drafttrain.rollouts.spool import SpoolWriter
 from drafttrain.training.corpus import Corpus
 from drafttrain.training.teacher import Teacher, TransformersTeacher
@@ -92,11 +99,8 @@ def open_corpus(
         RolloutError, CheckpointError: the rollouts or the policy are wrong.
         SpoolError: the cache cannot be written.
     """
-    spools = [path for path in inputs.rollouts if (path / "segments").is_dir()]
-    if spools and len(inputs.rollouts) > 1:
-        raise RolloutError(spools[0], "rollouts", "a spool is read alone; give no other path")
-    if spools:
-        return _open_spool(spools[0], config)
+    if (spool := _spool_of(inputs)) is not None:
+        return _open_spool(spool, config)
     reading = read_inputs(inputs, say)
     identity = _cache_identity(inputs, reading, layer_ids, normed)
     if inputs.cache is not None and _is_complete(inputs, identity):
@@ -120,6 +124,32 @@ def open_corpus(
     _write_cache(inputs.cache, corpus, teacher, tokens * teacher.bytes_per_token, say)
     _mark_complete(inputs, identity)
     return _open_spool(inputs.cache, config)
+
+
+def choose_draft_ids(inputs: Inputs, size: int, say: Say = lambda sentence: None) -> Tensor:
+    """A draft vocabulary for the rollouts: int64 [size], ascending.
+
+    Raises:
+        RolloutError, CheckpointError: the rollouts, the policy or the size are wrong.
+    """
+    rollouts: Iterable[Rollout | SavedRollout]
+    if (spool := _spool_of(inputs)) is not None:
+        replay = Replay(spool)
+        replay.refresh()
+        rollouts = replay.training
+    else:
+        rollouts = read_inputs(inputs, say).rollouts
+    vocab_size = PolicyShape.from_folder(inputs.target).vocab_size
+    vocabulary = choose_vocabulary(rollouts, vocab_size, size)
+    say(f"draft vocabulary: {size} tokens hold {vocabulary.coverage:.2%} of those sampled")
+    return vocabulary.ids
+
+
+def _spool_of(inputs: Inputs) -> Path | None:
+    spools = [path for path in inputs.rollouts if (path / "segments").is_dir()]
+    if spools and len(inputs.rollouts) > 1:
+        raise RolloutError(spools[0], "rollouts", "a spool is read alone; give no other path")
+    return spools[0] if spools else None
 
 
 def _start_teacher(

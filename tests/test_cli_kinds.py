@@ -106,6 +106,42 @@ def test_init_takes_the_options_of_a_kind(
     assert run("init", "--target", policy, *again) == 0
 
 
+def test_a_draft_vocabulary_of_saved_rollouts(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ['{"prompt_token_ids": [1, 2], "completion_token_ids": [5, 7, 7, 11]}', '{"no": 1}']
+    (tmp_path / "one.jsonl").write_text(lines[0] + "\n")
+    (tmp_path / "two.jsonl").write_text("\n".join(lines) + "\n")
+    files = ("--rollouts", tmp_path / "one.jsonl", tmp_path / "two.jsonl")
+    command = ("init", "--target", folder / "policy", "--out", tmp_path / "eagle", *files)
+    assert run(*command, "--draft-vocab", 2) == 2
+    assert "two.jsonl:2" in capsys.readouterr().err
+    assert run(*command, "--draft-vocab", 2, "--skip-malformed") == 0
+    said = capsys.readouterr().out
+    assert "skipped: 1" in said
+    assert "2 tokens hold 75.00%" in said
+    d2t = verify(tmp_path / "eagle").tensors["d2t"]
+    assert (torch.arange(2) + d2t).tolist() == [5, 7]
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        ("--draft-vocab=9",),
+        ("--rollouts", "spool"),
+        ("--draft-vocab=9", "--rollouts", "spool", "x"),
+    ],
+    ids=["no rollouts", "no size", "a spool and more"],
+)
+def test_half_a_draft_vocabulary_is_refused(
+    chosen: tuple[str, ...], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [folder / name if name in ("spool", "x") else name for name in chosen]
+    assert run("init", "--target", folder / "policy", "--out", tmp_path / "x", *paths) == 2
+    assert "rollouts" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize(
     ("kind", "option"),
     [

@@ -33,7 +33,13 @@ def _add_init(commands: Any) -> None:
     init.add_argument(
         "--draft-vocab", type=positive, metavar="N", help="eagle3: tokens it can draft"
     )
-    init.add_argument("--rollouts", type=Path, help="a spool to choose those tokens from")
+    init.add_argument(
+        "--rollouts",
+        type=Path,
+        nargs="+",
+        help="to choose those from: a spool, or files of any format",
+    )
+    init.add_argument("--skip-malformed", action="store_true", help="and count them")
     init.add_argument(
         "--set",
         type=setting,
@@ -106,13 +112,13 @@ def _init(options: argparse.Namespace) -> None:
 
     torch.manual_seed(options.seed)
     policy = PolicyShape.from_folder(options.target)
-    chosen = _init_options(options, policy.vocab_size)
+    chosen = _init_options(options)
     drafter = KINDS[options.kind].from_policy(options.target, policy, **chosen)
     drafter.export(options.out, torch.float32)
     print(f"{options.out}: a new {options.kind} drafter for {options.target}")
 
 
-def _init_options(options: argparse.Namespace, vocab_size: int) -> dict[str, Any]:
+def _init_options(options: argparse.Namespace) -> dict[str, Any]:
     """Those of the kind; others are refused."""
     takes = {
         "eagle3": {"layers", "draft_vocab", "rollouts", "set"},
@@ -129,22 +135,18 @@ def _init_options(options: argparse.Namespace, vocab_size: int) -> dict[str, Any
     chosen: dict[str, Any] = dict(options.set or ())
     if options.layers:
         chosen["layer_ids"] = tuple(options.layers)
+    if (options.draft_vocab is None) != (options.rollouts is None):
+        raise ConfigError("init", "--draft-vocab", "goes with --rollouts to choose it from")
     if options.draft_vocab is not None:
-        chosen["draft_ids"] = _draft_ids(options.rollouts, vocab_size, options.draft_vocab)
+        chosen["draft_ids"] = _draft_ids(options)
     return chosen
 
 
-def _draft_ids(rollouts: Path | None, vocab_size: int, size: int) -> Any:
-    from drafttrain.drafters.vocabulary import choose_vocabulary
-    from drafttrain.rollouts.replay import Replay
+def _draft_ids(options: argparse.Namespace) -> Any:
+    from drafttrain.opening import Inputs, choose_draft_ids
 
-    if rollouts is None:
-        raise ConfigError("init", "--rollouts", "is needed to choose a draft vocabulary")
-    replay = Replay(rollouts)
-    replay.refresh()
-    vocabulary = choose_vocabulary(replay.training, vocab_size, size)
-    print(f"draft vocabulary: {size} tokens hold {vocabulary.coverage:.2%} of those sampled")
-    return vocabulary.ids
+    inputs = Inputs(options.target, options.rollouts, skip_malformed=options.skip_malformed)
+    return choose_draft_ids(inputs, options.draft_vocab, print)
 
 
 def _pretrain(options: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from drafttrain.errors import RolloutError
 from drafttrain.rollouts.record import Rollout
+from drafttrain.rollouts.sources import SavedRollout
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,9 @@ class DraftVocabulary:
     coverage: float
 
 
-def choose_vocabulary(rollouts: Iterable[Rollout], vocab_size: int, size: int) -> DraftVocabulary:
+def choose_vocabulary(
+    rollouts: Iterable[Rollout | SavedRollout], vocab_size: int, size: int
+) -> DraftVocabulary:
     """The `size` tokens sampled most often; of those never sampled, the lowest ids fill it up.
 
     Only sampled tokens count: nobody drafts prompts, or what a tool or environment said.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from drafttrain.errors import RolloutError
-from drafttrain.rollouts.record import Rollout
+from drafttrain.rollouts.record import Rollout, sampled_runs
 
 Row = Mapping[str, Any]
 
@@ -92,8 +92,17 @@ class SavedRollout:
         return len(self.tokens)
 
     @property
+    def rollout_id(self) -> str:
+        return self.facts.rollout_id or ""
+
+    @property
     def group(self) -> str:
         return self.facts.group or ""
+
+    @property
+    def sampled_runs(self) -> Tensor:
+        """:func:`sampled_runs` of its tokens."""
+        return sampled_runs(self.generated)
 
     @property
     def prompt_length(self) -> int:
@@ -112,7 +121,7 @@ class SavedRollout:
         captured[-1] = False  # nothing comes after it that an engine would have computed it for
         whole = bool(self.generated[self.prompt_length :].all())
         return Rollout(
-            rollout_id=facts.rollout_id or "",
+            rollout_id=self.rollout_id,
             group=self.group,
             tokens=self.tokens,
             prompt_length=self.prompt_length,
