@@ -82,15 +82,23 @@ class Engine:
         return core.model_executor.driver_worker.worker.model_runner
 
     def generate(
-        self, prompts: Sequence[list[int]], temperature: float, max_tokens: int
+        self,
+        prompts: Sequence[list[int]],
+        temperature: float,
+        max_tokens: int,
+        stop: int | None = None,
     ) -> list[Rollout]:
-        """The rollouts that came of it, from the spool."""
+        """The rollouts that came of it, from the spool; they end at the token `stop`, if any."""
         from vllm import SamplingParams
 
         reader = SpoolReader(self.spool)
         seen = set(reader.segment_paths())
         params = SamplingParams(
-            temperature=temperature, max_tokens=max_tokens, detokenize=False, ignore_eos=True
+            temperature=temperature,
+            max_tokens=max_tokens,
+            detokenize=False,
+            ignore_eos=True,
+            stop_token_ids=None if stop is None else [stop],
         )
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
         self.llm.generate(inputs, params, use_tqdm=False)

@@ -1,16 +1,17 @@
 """Which objective fits which way of drafting: measured by a real engine's own counters.
 
-One Eagle3 drafter, one set of rollouts, one number of steps; only the objective differs. Each
-trained drafter is swapped into an engine that drafts greedily and one that drafts
-probabilistically, and both sample at the temperature the rollouts were made at.
+One Eagle3 drafter, one set of rollouts of the demo's policy, one number of steps; only the
+objective differs. Each trained drafter is swapped into an engine that drafts greedily and one that
+drafts probabilistically, and both sample new prompts at the temperature the rollouts were made at.
 
-    python -m benchmarks.objectives [--json] [--steps N] [--drafted N] [--temperature T]
+    python -m benchmarks.objectives [--json] [--policy DIR] [--steps N] [--temperature T] ...
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -18,13 +19,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.engines import Engine, prompts
-from benchmarks.subjects import SUBJECTS, make_policy
+from benchmarks.engines import Engine
 from drafttrain.checkpoints.manifest import TargetFingerprint
 from drafttrain.checkpoints.registry import Registry
 from drafttrain.config import ObjectiveName, TrainingConfig
 from drafttrain.control.acceptance import DraftSampleMethod
-from drafttrain.drafters import PolicyShape, load_drafter
+from drafttrain.demo.policy import Recipe, train_policy
+from drafttrain.demo.saved import MAX_TOKENS
+from drafttrain.demo.task import Task
+from drafttrain.drafters import Eagle3Drafter, PolicyShape, load_drafter
 from drafttrain.integrations.vllm.local import serve_engine
 from drafttrain.pretrain import pretrain
 from drafttrain.publishing import publish_drafter, publish_folder
@@ -32,6 +35,7 @@ from drafttrain.rollouts.replay import Replay
 from drafttrain.training.objectives import OBJECTIVES
 
 K = 3
+ROLLOUTS = 1024
 METHODS: tuple[DraftSampleMethod, ...] = ("greedy", "probabilistic")
 
 
@@ -47,24 +51,26 @@ class Cell:
 
 
 class Comparison:
-    """The policy, its rollouts, and a registry with one version for each objective.
+    """A policy's rollouts, and a registry with one version for each objective.
 
     Args:
         folder: to work in.
+        policy: of the demo.
         steps: of training.
         temperature: of all sampling.
     """
 
-    def __init__(self, folder: Path, steps: int, temperature: float) -> None:
-        self.folder, self.steps, self.temperature = folder, steps, temperature
-        self.policy = make_policy(folder / "policy", "qwen3")
+    def __init__(self, folder: Path, policy: Path, steps: int, temperature: float) -> None:
+        self.folder, self.policy, self.task = folder, policy, Task()
+        self.steps, self.temperature = steps, temperature
         self.registry = Registry(folder / "registry")
         start = folder / "start"
-        SUBJECTS[0].drafter(self.policy).export(start, torch.float32)
-        publish_folder(start, self.policy, self.registry)
-        engine = self.engine("probabilistic", "rollouts")
-        engine.generate(prompts(320), temperature, max_tokens=40)
-        self.replay = Replay(engine.spool)
+        torch.manual_seed(0)
+        shape = PolicyShape.from_folder(policy)
+        Eagle3Drafter.from_policy(policy, shape).export(start, torch.float32)
+        publish_folder(start, policy, self.registry)
+        self._sample(self.engine("probabilistic", "rollouts"), ROLLOUTS, "seen")
+        self.replay = Replay(folder / "rollouts")
         self.versions = {name: self._train(name) for name in OBJECTIVES}
 
     def engine(self, method: DraftSampleMethod, spool: str) -> Engine:
@@ -89,9 +95,7 @@ class Comparison:
     def _train(self, name: ObjectiveName) -> int:
         target = TargetFingerprint.from_folder(self.policy)
         drafter = load_drafter(self.registry.folder(1), PolicyShape.from_folder(self.policy))
-        config = TrainingConfig(
-            objective=name, draft_tokens=K, learning_rate=3e-3, tokens_per_step=512
-        )
+        config = TrainingConfig(objective=name, draft_tokens=K, tokens_per_step=1024)
         report = pretrain(drafter, self.replay, config, steps=self.steps)
         manifest = publish_drafter(
             self.registry, drafter, target, parent=1, lineage=report.lineage, acceptance=None
@@ -101,25 +105,32 @@ class Comparison:
     def _count(
         self, engine: Engine, name: ObjectiveName, method: DraftSampleMethod, drafted: int
     ) -> Cell:
-        before = engine.acceptance()
-        salt = 1000  # the same prompts for all
+        before, part = engine.acceptance(), 0
         while engine.acceptance().drafted - before.drafted < drafted:
-            engine.generate(prompts(256, salt=(salt := salt + 1)), self.temperature, 48)
+            self._sample(engine, 64, f"unseen {part}")  # the same prompts for all
+            part += 1
         after = engine.acceptance()
         accepted = sum(after.accepted_per_position) - sum(before.accepted_per_position)
         length = 1 + accepted / (after.rounds - before.rounds)
         return Cell(name, method, self.temperature, after.drafted - before.drafted, length)
 
+    def _sample(self, engine: Engine, count: int, seed: str) -> None:
+        rng = random.Random(seed)
+        prompts = [self.task.sample_problem(rng).prompt_ids for _ in range(count)]
+        engine.generate(prompts, self.temperature, MAX_TOKENS, stop=self.task.eos_id)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--policy", type=Path, help="a policy of the demo; trained when absent")
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps each")
     parser.add_argument("--drafted", type=int, default=20_000, help="draft tokens a measurement")
     parser.add_argument("--temperature", type=float, default=1.0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        comparison = Comparison(Path(folder), options.steps, options.temperature)
+        policy = options.policy or _new_policy(Path(folder))
+        comparison = Comparison(Path(folder), policy, options.steps, options.temperature)
         cells = list(comparison.cells(options.drafted))
     if options.json:
         print(json.dumps({"cells": [asdict(cell) for cell in cells]}))
@@ -129,6 +140,10 @@ def main() -> None:
             f"{cell.draft_sample_method:14} {cell.objective:20} {cell.acceptance_length:.3f} "
             f"({cell.drafted} drafted)"
         )
+
+
+def _new_policy(folder: Path) -> Path:
+    return train_policy(folder / "policies", Recipe(), lambda done, loss: None).folder
 
 
 if __name__ == "__main__":

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -19,7 +22,26 @@ from transformers import (
 from drafttrain.checkpoints.manifest import Kind
 from drafttrain.drafters import KINDS, Drafter, PolicyShape
 
+VOCAB = 128
 MAX_LENGTH = 256
+
+
+def _make_opt(folder: Path) -> Path:
+    """A random model of another family than any policy here."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        word_embed_proj_dim=64,
+        ffn_dim=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=MAX_LENGTH,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    OPTForCausalLM(config).save_pretrained(folder / "opt")
+    return folder / "opt"
 
 
 @dataclass(frozen=True)
@@ -32,6 +54,7 @@ class Subject:
         family: of policy: "qwen3", or "mimo", whose last state reaches the drafter unnormed.
         options: of :meth:`Drafter.from_policy`.
         overrides: keys of the policy's configuration that its engine needs to be told.
+        source: writes the causal LM that a draft model starts from, next to the policy.
     """
 
     name: str
@@ -39,12 +62,14 @@ class Subject:
     family: str
     options: dict[str, Any] = field(default_factory=dict)
     overrides: dict[str, Any] = field(default_factory=dict)
+    source: Callable[[Path], Path] | None = None
 
     def drafter(self, policy: Path) -> Drafter:
         """A new one, the same every time."""
         torch.manual_seed(0)
         shape = PolicyShape.from_folder(policy)
-        return KINDS[self.kind].from_policy(policy, shape, **self.options)
+        source = {} if self.source is None else {"source": self.source(policy.parent)}
+        return KINDS[self.kind].from_policy(policy, shape, **self.options, **source)
 
 
 SUBJECTS = [
@@ -76,6 +101,7 @@ SUBJECTS = [
     Subject("mtp for Qwen3", "mtp", "qwen3", overrides={"num_nextn_predict_layers": 1}),
     Subject("draft model of Qwen3", "draft_model", "qwen3", {"layers": [0]}),
     Subject("draft model of MiMo", "draft_model", "mimo", {"layers": [0, 3]}),
+    Subject("draft model, an OPT", "draft_model", "qwen3", source=_make_opt),
 ]
 
 
@@ -83,7 +109,7 @@ def make_policy(folder: Path, family: str, seed: int = 0) -> Path:
     """A random policy with enough spread in its logits that sampling means something."""
     torch.manual_seed(seed)
     sizes = {
-        "vocab_size": 128,
+        "vocab_size": VOCAB,
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": 4,
