@@ -17,6 +17,7 @@ from torch import Tensor
 from drafttrain.config import ObjectiveName
 from drafttrain.training.objectives import OBJECTIVES
 
+_LN2 = math.log(2.0)
 # Below it sum(min(p, q)) is too inexact in float32 to divide by.
 _LEAST_OVERLAP = 1e-30
 
@@ -27,30 +28,31 @@ class Softmax:
 
     Attributes:
         probs: [..., V].
-        shifted: [..., V], logits less the row's largest.
-        log_sum: [..., 1], logarithm of the sum of their exponentials.
+        powers: [..., V], of two: the logits over ln 2, less the row's largest.
+        log_sum: [..., 1], binary logarithm of the sum of two to the `powers`.
     """
 
     probs: Tensor
-    shifted: Tensor
+    powers: Tensor
     log_sum: Tensor
 
     @classmethod
     def of(cls, logits: Tensor, dtype: torch.dtype) -> Softmax:
         """Of `logits` [..., V], worked out in `dtype`."""
-        shifted = logits.to(dtype, copy=True)
-        shifted.sub_(shifted.amax(-1, keepdim=True))
-        probs = shifted.mul(1.0 / math.log(2.0)).exp2_()
+        powers = logits.to(dtype, copy=True)
+        largest = powers.amax(-1, keepdim=True)
+        torch.add(largest.div_(-_LN2), powers, alpha=1.0 / _LN2, out=powers)
+        probs = powers.exp2()
         total = probs.sum(-1, keepdim=True)
-        return cls(probs.div_(total), shifted, total.log_())
+        return cls(probs.div_(total), powers, total.log2_())
 
     def of_tokens(self, ids: Tensor) -> Softmax:
-        """Its columns `ids`, int64 [Vd], which add up to less than one."""
-        return Softmax(self.probs[..., ids], self.shifted[..., ids], self.log_sum)
+        """Its columns `ids`, int64 [Vd], which add up to one at most."""
+        return Softmax(self.probs[..., ids], self.powers[..., ids], self.log_sum)
 
     def log_probs(self) -> Tensor:
-        """Finite, too, where the probabilities are zero: [..., V]."""
-        return self.shifted - self.log_sum
+        """Natural logarithms, finite where the probabilities are zero: [..., V]."""
+        return (self.powers - self.log_sum).mul_(_LN2)
 
 
 Values = Callable[[Softmax, Softmax], tuple[Tensor, Tensor, Tensor]]
@@ -74,8 +76,8 @@ def values_of(name: ObjectiveName) -> Values:
 
 def _soft_cross_entropy(p: Softmax, q: Softmax) -> tuple[Tensor, Tensor, Tensor]:
     mass = p.probs.sum(-1, keepdim=True)
-    value = (mass * q.log_sum)[..., 0] - q.shifted.mul_(p.probs).sum(-1)
-    overlap = torch.minimum(p.probs, q.probs, out=q.shifted).sum(-1)
+    value = (mass * q.log_sum)[..., 0].sub_(q.powers.mul_(p.probs).sum(-1)).mul_(_LN2)
+    overlap = torch.minimum(p.probs, q.probs, out=q.powers).sum(-1)
     return value, overlap, q.probs.mul_(mass).sub_(p.probs)
 
 

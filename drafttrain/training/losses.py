@@ -163,7 +163,7 @@ class _ChunkedLoss(torch.autograd.Function):
         dtype = compute_dtype(draft_head)
         head, teacher = draft_head.to(dtype), policy_head.to(dtype)
         grad_rows = hidden.new_empty(len(hidden), len(rows.row), hidden.shape[-1])
-        grad_head = torch.zeros_like(draft_head)
+        grad_head: Tensor | None = None
         total = draft_head.new_zeros(())
         overlap = draft_head.new_zeros(len(hidden))
         # Both sides' logits are divided by the temperature: cheapest in what they come from.
@@ -181,7 +181,10 @@ class _ChunkedLoss(torch.autograd.Function):
             overlap += (shared * rows.drafted[:, part]).sum(1)
             grad_rows[:, part] = _times(logits @ head, sharpness, part)
             if draft_head.requires_grad:
-                grad_head += logits.flatten(0, 1).T @ drafting.flatten(0, 1)
+                of_chunk = logits.flatten(0, 1).T @ drafting.flatten(0, 1)
+                grad_head = (
+                    of_chunk.to(draft_head.dtype) if grad_head is None else grad_head.add_(of_chunk)
+                )
         ctx.save_for_backward(rows.by_round(grad_rows, hidden.shape[1]), grad_head)
         ctx.mark_non_differentiable(overlap)
         return total, overlap
@@ -189,7 +192,9 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden * grads[0].to(grad_hidden.dtype), grad_head * grads[0], *[None] * 7
+        if grad_head is not None:
+            grad_head.mul_(grads[0])  # large, and of no use to anyone else
+        return grad_hidden * grads[0].to(grad_hidden.dtype), grad_head, *[None] * 7
 
 
 def _sharpness(batch: Batch, row: Tensor) -> Tensor | None:
