@@ -1,6 +1,7 @@
 """From the paths a user names to a corpus: a spool as it is, other rollouts through the teacher.
 
-And to a draft vocabulary, for which their tokens are enough."""
+And to a draft vocabulary, for which their tokens are enough.
+"""
 
 from __future__ import annotations
 
