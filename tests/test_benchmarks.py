@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from benchmarks.measure import measure
-from benchmarks.peers import FLOOR, OURS, PEERS
+from benchmarks.measure import faster_precisions, measure
+from benchmarks.peers import FLOOR, OURS, PEERS, Variant
 from benchmarks.train_step import row_of
+from benchmarks.worker import Timing
 from benchmarks.workload import Cell, policy_config
 from drafttrain.drafters import PolicyShape, load_drafter
 from drafttrain.opening import Inputs, read_inputs
@@ -32,6 +34,42 @@ def test_a_cell_of_everyone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(row["peer_tokens_per_s"]) == set(row["peer_peak_bytes"]) == set(PEERS)
     assert row["speed_ratio"] == row["tokens_per_s"] / max(row["peer_tokens_per_s"].values())
     assert row["skipped"] == {}
+
+
+class ScriptedWorker:
+    """Stands in for a process: its steps take the seconds that are written down."""
+
+    taken: ClassVar[list[str]]
+    seconds: ClassVar[dict[str, list[float]]]
+
+    def __init__(self, name: str, cell: Cell, variant: Variant) -> None:
+        self._precision, self._left = variant.precision, iter(self.seconds[variant.precision])
+
+    def wait(self) -> ScriptedWorker:
+        return self
+
+    def step(self) -> Timing:
+        self.taken.append(self._precision)
+        return Timing(next(self._left))
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("bfloat16", "chosen", "steps"),
+    [([60.0, 0.5, 0.4], "bfloat16", 3), ([60.0, 60.0, 60.0], "float32", 2)],
+    ids=["compiles in its first step", "hopeless"],
+)
+def test_the_faster_precision_is_chosen(
+    bfloat16: list[float], chosen: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ScriptedWorker, "taken", [], raising=False)
+    script = {"float32": [20.0, 1.0, 1.0], "bfloat16": bfloat16}
+    monkeypatch.setattr(ScriptedWorker, "seconds", script, raising=False)
+    monkeypatch.setattr("benchmarks.measure.Worker", ScriptedWorker)
+    assert faster_precisions([OURS], TINY) == {OURS: chosen, FLOOR: chosen}
+    assert ScriptedWorker.taken.count("bfloat16") == steps
 
 
 def test_specforges_recipe_ends_with_a_drafter(tmp_path: Path) -> None:
