@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.engines import Engine
+from benchmarks.subjects import demo_policy
 from drafttrain.checkpoints.manifest import TargetFingerprint
 from drafttrain.checkpoints.registry import Registry
 from drafttrain.config import ObjectiveName, TrainingConfig
 from drafttrain.control.acceptance import DraftSampleMethod
-from drafttrain.demo.policy import Recipe, train_policy
 from drafttrain.demo.saved import MAX_TOKENS
 from drafttrain.demo.task import Task
 from drafttrain.drafters import Eagle3Drafter, PolicyShape, load_drafter
@@ -124,12 +124,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--policy", type=Path, help="a policy of the demo; trained when absent")
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps each")
+    parser.add_argument("--steps", type=int, default=300, help="optimizer steps each")
     parser.add_argument("--drafted", type=int, default=20_000, help="draft tokens a measurement")
     parser.add_argument("--temperature", type=float, default=1.0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        policy = options.policy or _new_policy(Path(folder))
+        policy = options.policy or demo_policy(Path(folder))
         comparison = Comparison(Path(folder), policy, options.steps, options.temperature)
         cells = list(comparison.cells(options.drafted))
     if options.json:
@@ -140,10 +140,6 @@ def main() -> None:
             f"{cell.draft_sample_method:14} {cell.objective:20} {cell.acceptance_length:.3f} "
             f"({cell.drafted} drafted)"
         )
-
-
-def _new_policy(folder: Path) -> Path:
-    return train_policy(folder / "policies", Recipe(), lambda done, loss: None).folder
 
 
 if __name__ == "__main__":

@@ -218,9 +218,10 @@ def main() -> None:
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="drafttrain-"))
     try:
-        policy = options.policy or _new_policy(work)
+        from benchmarks.subjects import demo_policy
         from drafttrain.demo.saved import save_rollouts
 
+        policy = options.policy or demo_policy(work)
         save_rollouts(policy, work / "rollouts.jsonl", options.rollouts)
         run = saturation if options.saturation else against_peer
         result = run(policy, work / "rollouts.jsonl", work, options)
@@ -231,12 +232,6 @@ def main() -> None:
     else:
         for name, value in result.items():
             print(f"{name:24} {value:.3f}")
-
-
-def _new_policy(work: Path) -> Path:
-    from drafttrain.demo.policy import Recipe, train_policy
-
-    return train_policy(work / "policies", Recipe(), lambda done, loss: None).folder
 
 
 if __name__ == "__main__":

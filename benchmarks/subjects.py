@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from drafttrain.checkpoints.manifest import Kind
+from drafttrain.demo.policy import Recipe, train_policy
 from drafttrain.drafters import KINDS, Drafter, PolicyShape
 
 VOCAB = 128
@@ -130,6 +131,11 @@ def make_policy(folder: Path, family: str, seed: int = 0) -> Path:
     config |= {"architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def demo_policy(folder: Path) -> Path:
+    """The policy that the demo starts from, trained below `folder`: some minutes."""
+    return train_policy(folder / "policies", Recipe(), lambda done, loss: None).folder
 
 
 @torch.no_grad()
