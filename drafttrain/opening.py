@@ -137,7 +137,7 @@ def choose_draft_ids(inputs: Inputs, size: int, say: Say = lambda sentence: None
     if (spool := _spool_of(inputs)) is not None:
         replay = Replay(spool)
         replay.refresh()
-        rollouts = replay.training
+        rollouts = [*replay.training, *replay.held_out]  # which of them is not settled yet
     else:
         rollouts = read_inputs(inputs, say).rollouts
     vocab_size = PolicyShape.from_folder(inputs.target).vocab_size

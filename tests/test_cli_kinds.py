@@ -147,6 +147,7 @@ def test_half_a_draft_vocabulary_is_refused(
     [
         ("mtp", "--layers=1"),
         ("mtp", "--set=fc_norm=true"),
+        ("mtp", "--skip-malformed"),
         ("eagle3", "--source=x"),
         ("eagle3", "--layers=9"),
         ("eagle3", "--set=fc_norm=perhaps"),

@@ -39,7 +39,7 @@ def _add_init(commands: Any) -> None:
         nargs="+",
         help="to choose those from: a spool, or files of any format",
     )
-    init.add_argument("--skip-malformed", action="store_true", help="and count them")
+    init.add_argument("--skip-malformed", action="store_true", default=None, help="and count them")
     init.add_argument(
         "--set",
         type=setting,
@@ -121,10 +121,10 @@ def _init(options: argparse.Namespace) -> None:
 def _init_options(options: argparse.Namespace) -> dict[str, Any]:
     """Those of the kind; others are refused."""
     takes = {
-        "eagle3": {"layers", "draft_vocab", "rollouts", "set"},
+        "eagle3": {"layers", "draft_vocab", "rollouts", "skip_malformed", "set"},
         "draft_model": {"layers", "source"},
     }
-    given = {"layers", "draft_vocab", "rollouts", "source", "set"} & {
+    given = set().union(*takes.values()) & {
         name for name, value in vars(options).items() if value is not None
     }
     if foreign := given - takes.get(options.kind, set()):
@@ -145,7 +145,7 @@ def _init_options(options: argparse.Namespace) -> dict[str, Any]:
 def _draft_ids(options: argparse.Namespace) -> Any:
     from drafttrain.opening import Inputs, choose_draft_ids
 
-    inputs = Inputs(options.target, options.rollouts, skip_malformed=options.skip_malformed)
+    inputs = Inputs(options.target, options.rollouts, skip_malformed=bool(options.skip_malformed))
     return choose_draft_ids(inputs, options.draft_vocab, print)
 
 
