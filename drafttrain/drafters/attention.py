@@ -241,7 +241,7 @@ def _causal_backward(
             grad_k[:, :stop] += of_keys
             grad_v[:, :stop] += of_values
     grad_k, grad_v = (
-        F.pad(sums.to(key.dtype), (0, _spare(key))) for sums in (grad_k.mul_(_LN2), grad_v)
+        F.pad(total.to(key.dtype), (0, _spare(key))) for total in (grad_k.mul_(_LN2), grad_v)
     )
     return grad_q, grad_k, grad_v
 

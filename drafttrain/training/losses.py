@@ -2,7 +2,7 @@
 
 No [positions, V] tensor outlives a chunk: each chunk's gradient is taken inside the forward pass,
 in closed form, a few rows at a time so that they stay in the processor's cache. The policy's
-log-probabilities of a row are computed once for all draft depths that predict it.
+probabilities of a row are computed once for all draft depths that predict it.
 """
 
 from __future__ import annotations
