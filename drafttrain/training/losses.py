@@ -21,7 +21,7 @@ from drafttrain.training.fused import Softmax, Values, values_of
 # Draft logits that exist at once: fewer chunks mean fewer sums of the head's gradient.
 LOGITS_AT_ONCE = 1 << 26
 # Those worked on at once, in several float32 tensors of that size: on a CPU they fit its cache.
-_BLOCK_ELEMENTS, _BLOCK_ELEMENTS_CPU = 1 << 24, 1 << 19
+_BLOCK_ELEMENTS, _BLOCK_ELEMENTS_CPU = 1 << 24, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -192,9 +192,11 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_head = ctx.saved_tensors
-        if grad_head is not None:
-            grad_head.mul_(grads[0])  # large, and of no use to anyone else
-        return grad_hidden * grads[0].to(grad_hidden.dtype), grad_head, *[None] * 7
+        # In place: they are large, and of no use to anyone else.
+        for grad in (grad_hidden, grad_head):
+            if grad is not None:
+                grad.mul_(grads[0])
+        return grad_hidden, grad_head, *[None] * 7
 
 
 def _sharpness(batch: Batch, row: Tensor) -> Tensor | None:
