@@ -41,10 +41,9 @@ def test_unit_rms() -> None:
 
 def test_rotate() -> None:
     x, angle = normal(5, 3, 8), normal(5, 1, 4).detach()
-    both = torch.cat([angle, angle], -1)
-    assert_same(
-        rotate(x, angle.cos(), angle.sin()), x * both.cos() + rotate_half(x) * both.sin(), x
-    )
+    cos, sin = angle.cos().repeat(1, 1, 2), angle.sin().repeat(1, 1, 2)
+    signed = torch.cat([-angle.sin(), angle.sin()], -1)
+    assert_same(rotate(x, cos, signed), x * cos + rotate_half(x) * sin, x)
 
 
 def test_swiglu() -> None:

@@ -143,7 +143,7 @@ class Eagle3Drafter(Drafter):
         """[S, A * Ht]: the policy's aux states at `slots`, as ``fc`` reads them."""
         if batch.aux_hidden is None:
             raise ValueError("an Eagle3 drafter needs the policy's aux hidden states")
-        states, eps = batch.aux_hidden[slots], self.config.rms_norm_eps
+        states, eps = batch.aux_hidden.index_select(0, slots), self.config.rms_norm_eps
         if self.input_norm is not None:
             together = states.to(self.fc.weight.dtype).flatten(1)
             states = (unit_rms(together, eps) * self.input_norm.weight).view(states.shape)
@@ -166,10 +166,11 @@ class Eagle3Drafter(Drafter):
         ]
 
     def _rotations(self, count: int, dtype: torch.dtype) -> Tensor:
-        """Cosine and sine at the first `count` positions: [2, count, 1, d / 2]."""
+        """Cosine and sine at the first `count` positions, for ``rotate``: [2, count, 1, d]."""
         positions = torch.arange(count, device=self.fc.weight.device)
-        both = torch.stack(self.rotary(self.fc.weight, positions[None]))
-        return both[:, 0, :, None, : both.shape[-1] // 2].to(dtype)  # the halves are the same
+        cos, sin = self.rotary(self.fc.weight, positions[None])
+        sin[..., : sin.shape[-1] // 2].neg_()
+        return torch.cat([cos, sin])[:, :, None].to(dtype)
 
     def head_weight(self, policy_head: Tensor) -> Tensor:
         return self.lm_head.weight

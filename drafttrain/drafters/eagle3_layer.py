@@ -125,7 +125,7 @@ class UnrolledLayer:
         Args:
             hidden: [N, H]; of every slot at depth 0, then of every round.
             embedded: int64 [N], which tokens are embedded there.
-            rotation: cosine and sine at their positions, [2, N, 1, d / 2].
+            rotation: cosine and sine at their positions, [2, N, 1, d].
 
         Returns:
             [N, H]; of the last layer at depth 0, [R, H] of the rounds.

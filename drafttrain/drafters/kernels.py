@@ -35,7 +35,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: [N, heads, d].
-        cos, sin: [N, 1, d / 2].
+        cos, sin: [N, 1, d]; the first half of the sines is negated.
     """
     rotated: Tensor = _Rotate.apply(x, cos, sin)
     return rotated
@@ -77,19 +77,18 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin, 1)
+        return _turn(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turn(grads[0], cos, sin, -1), None, None
+        return _turn(grads[0], cos, -sin), None, None
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
-    both_cos, both_sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1) * direction
     swapped = torch.cat([x[..., half:], x[..., :half]], -1)
-    return swapped.mul_(both_sin).addcmul_(x, both_cos)
+    return swapped.mul_(sin).addcmul_(x, cos)
 
 
 class _SwiGLU(torch.autograd.Function):
