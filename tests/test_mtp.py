@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -392,6 +393,23 @@ def test_half_a_head_is_refused(tmp_path: Path) -> None:
     making.write_tensors(folder, {name: tensor.clone() for name, tensor in tensors.items()})
     with pytest.raises(CheckpointError, match="MTP head"):
         MTPDrafter.from_policy(folder, policy)
+
+
+@pytest.mark.parametrize(
+    ("part", "read"),
+    [("mtp.fc.weight", MTPDrafter.from_policy), ("lm_head.weight", read_policy_head)],
+)
+def test_a_quantised_policy_is_refused(
+    part: str, read: Callable[[Path, PolicyShape], object], tmp_path: Path
+) -> None:
+    policy = policy_of("qwen3_next")
+    folder = write_policy(tmp_path / "policy", policy, random_head(policy))
+    tensors = {name: t.clone() for name, t in load_file(folder / "model.safetensors").items()}
+    tensors[part] = tensors[part].to(torch.float8_e4m3fn)
+    tensors[f"{part}_scale_inv"] = torch.ones(1, 1)
+    making.write_tensors(folder, tensors)
+    with pytest.raises(CheckpointError, match=f"{part}: float8_e4m3fn, expected 16 bits"):
+        read(folder, policy)
 
 
 def test_a_policy_without_a_family_gets_a_mimo_head() -> None:

@@ -200,16 +200,21 @@ def read_tensors(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
     """Map these tensors of a policy folder; the rest stays on disk.
 
     Raises:
-        CheckpointError: one is missing or its file cannot be read.
+        CheckpointError: one is missing, its file cannot be read, or it holds numbers of 8 bits,
+            which mean nothing without their scales.
     """
     files = weight_files(folder)
     tensors: dict[str, Tensor] = {}
     for name in names:
         try:
             with safe_open(files[name], framework="pt") as file:
-                tensors[name] = file.get_tensor(name)
+                tensor = tensors[name] = file.get_tensor(name)
         except (OSError, SafetensorError, KeyError) as error:
             raise CheckpointError(folder, name, f"cannot be read: {error}") from error
+        if tensor.is_floating_point() and tensor.itemsize == 1:
+            found = str(tensor.dtype).removeprefix("torch.")
+            problem = f"{found}, expected 16 bits or more: convert a quantised policy first"
+            raise CheckpointError(folder, name, problem)
     return tensors
 
 
