@@ -171,20 +171,22 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, len(rows.row), chunk):
             part = slice(start, start + chunk)
             policy_states = batch.last_hidden[rows.row[part]]
-            policy_logits = _times(policy_states, sharpness, part).to(dtype) @ teacher.T
-            drafting = _times(rows.of_round(hidden, part), sharpness, part).to(dtype)
-            logits = drafting @ head.T
-            value, shared = _slopes_in_place(
-                policy_logits, logits, weights[:, part], objective, draft_ids
+            value, shared, of_rows, of_head = _chunk_gradients(
+                _times(policy_states, sharpness, part).to(dtype),
+                _times(rows.of_round(hidden, part), sharpness, part).to(dtype),
+                teacher,
+                head,
+                weights[:, part],
+                objective,
+                draft_ids,
+                of_head=draft_head.requires_grad,
             )
             total += value
             overlap += (shared * rows.drafted[:, part]).sum(1)
-            grad_rows[:, part] = _times(logits @ head, sharpness, part)
-            if draft_head.requires_grad:
-                of_chunk = logits.flatten(0, 1).T @ drafting.flatten(0, 1)
-                grad_head = (
-                    of_chunk.to(draft_head.dtype) if grad_head is None else grad_head.add_(of_chunk)
-                )
+            grad_rows[:, part] = _times(of_rows, sharpness, part)
+            if of_head is not None:
+                wide = draft_head.dtype
+                grad_head = of_head.to(wide) if grad_head is None else grad_head.add_(of_head)
         ctx.save_for_backward(rows.by_round(grad_rows, hidden.shape[1]), grad_head)
         ctx.mark_non_differentiable(overlap)
         return total, overlap
@@ -208,6 +210,35 @@ def _sharpness(batch: Batch, row: Tensor) -> Tensor | None:
 def _times(states: Tensor, factors: Tensor | None, part: slice) -> Tensor:
     """States [..., n, H] of the rows of `part`, times their factors out of [N, 1]."""
     return states if factors is None else states * factors[part]
+
+
+def _chunk_gradients(
+    policy_states: Tensor,
+    drafting: Tensor,
+    teacher: Tensor,
+    head: Tensor,
+    weights: Tensor,
+    objective: Values,
+    draft_ids: Tensor | None,
+    *,
+    of_head: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The loss of n rows and its gradients; the logits are gone when it returns.
+
+    Args:
+        policy_states: [n, H], over the rows' temperatures, as are the next.
+        drafting: [D, n, H_drafter].
+        teacher, head: [V, H], and [Vd, H_drafter].
+        weights, objective, draft_ids: as for :func:`_slopes_in_place`.
+        of_head: whether the head wants a gradient.
+
+    Returns:
+        loss; sum(min(p, q)), [D, n]; gradients of `drafting` and of `head`.
+    """
+    policy_logits, logits = policy_states @ teacher.T, drafting @ head.T
+    value, shared = _slopes_in_place(policy_logits, logits, weights, objective, draft_ids)
+    grad_head = logits.flatten(0, 1).T @ drafting.flatten(0, 1) if of_head else None
+    return value, shared, logits @ head, grad_head
 
 
 def _slopes_in_place(
