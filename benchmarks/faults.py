@@ -103,12 +103,12 @@ class Loop:
         """With the publisher still, the engine comes to serve what the registry says."""
         client, deadline = EngineClient(f"http://127.0.0.1:{self.port}"), time.monotonic() + seconds
         while time.monotonic() < deadline:
-            try:
-                if client.drafter_version() == self.of.registry.latest():
-                    return True
-            except EngineError:
-                pass
+            latest, served = self.of.registry.latest(), _served(client)
+            if served == latest:
+                return True
             time.sleep(0.5)
+        say(f"not converged: latest is {latest}, the engine {served}")
+        say(f"the sidecar's last events: {list(self.events.read())[-5:]}")
         return False
 
     def _sidecar_config(self) -> Path:
@@ -128,6 +128,13 @@ class Loop:
         path = folder / "sidecar.yaml"
         path.write_text(yaml.safe_dump(config))
         return path
+
+
+def _served(client: EngineClient) -> int | str | None:
+    try:
+        return client.drafter_version()
+    except EngineError as error:
+        return str(error)
 
 
 def run(kills: int, seed: int) -> dict[str, Any]:

@@ -115,7 +115,8 @@ def benchmark(name: str, *arguments: object) -> dict[str, Any]:
     root = Path(__file__).parent.parent.parent
     command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, arguments), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=3600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    print(done.stderr[-10_000:])  # shown where a test fails
+    assert done.returncode == 0
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
