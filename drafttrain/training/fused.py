@@ -30,13 +30,11 @@ class Softmax:
         probs: [..., V].
         powers: [..., V], of two: the logits over ln 2, less the row's largest.
         log_sum: [..., 1], binary logarithm of the sum of two to the `powers`.
-        whole: whether they are all of a distribution, and so add up to one.
     """
 
     probs: Tensor
     powers: Tensor
     log_sum: Tensor
-    whole: bool = True
 
     @classmethod
     def of(cls, logits: Tensor, dtype: torch.dtype) -> Softmax:
@@ -50,7 +48,7 @@ class Softmax:
 
     def of_tokens(self, ids: Tensor) -> Softmax:
         """Its columns `ids`, int64 [Vd], which add up to one at most."""
-        return Softmax(self.probs[..., ids], self.powers[..., ids], self.log_sum, whole=False)
+        return Softmax(self.probs[..., ids], self.powers[..., ids], self.log_sum)
 
     def log_probs(self) -> Tensor:
         """Natural logarithms, finite where the probabilities are zero: [..., V]."""
@@ -77,12 +75,10 @@ def values_of(name: ObjectiveName) -> Values:
 
 
 def _soft_cross_entropy(p: Softmax, q: Softmax) -> tuple[Tensor, Tensor, Tensor]:
-    mass = None if p.whole else p.probs.sum(-1, keepdim=True)
-    log_sum = q.log_sum if mass is None else mass * q.log_sum
-    value = (log_sum[..., 0] - q.powers.mul_(p.probs).sum(-1)).mul_(_LN2)
+    mass = p.probs.sum(-1, keepdim=True)
+    value = (mass * q.log_sum)[..., 0].sub_(q.powers.mul_(p.probs).sum(-1)).mul_(_LN2)
     overlap = torch.minimum(p.probs, q.probs, out=q.powers).sum(-1)
-    slope = q.probs if mass is None else q.probs.mul_(mass)
-    return value, overlap, slope.sub_(p.probs)
+    return value, overlap, q.probs.mul_(mass).sub_(p.probs)
 
 
 def _tv(p: Softmax, q: Softmax) -> tuple[Tensor, Tensor, Tensor]:

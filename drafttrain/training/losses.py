@@ -160,7 +160,7 @@ class _ChunkedLoss(torch.autograd.Function):
         draft_ids: Tensor | None,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
-        dtype = compute_dtype(draft_head)
+        dtype, wide = compute_dtype(draft_head), draft_head.dtype
         head, teacher = draft_head.to(dtype), policy_head.to(dtype)
         grad_rows = hidden.new_empty(len(hidden), len(rows.row), hidden.shape[-1])
         grad_head: Tensor | None = None
@@ -185,7 +185,6 @@ class _ChunkedLoss(torch.autograd.Function):
             overlap += (shared * rows.drafted[:, part]).sum(1)
             grad_rows[:, part] = _times(of_rows, sharpness, part)
             if of_head is not None:
-                wide = draft_head.dtype
                 grad_head = of_head.to(wide) if grad_head is None else grad_head.add_(of_head)
         ctx.save_for_backward(rows.by_round(grad_rows, hidden.shape[1]), grad_head)
         ctx.mark_non_differentiable(overlap)
