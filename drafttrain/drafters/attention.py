@@ -257,11 +257,16 @@ def _weights(key: Tensor, query: Tensor, shift: Tensor, start: int) -> Tensor:
     Returns:
         [.., stop, stop - start]; with keys in rows most products need no transpose.
     """
-    after = key.new_full((key.shape[1], query.shape[1]), -math.inf).tril_(-1 - start)
-    if _spare(query):
+    subtracted = _spare(query) > 0
+    if subtracted:
         _put_terms(query, -shift)
+    if subtracted and start == 0:
+        after = key.new_full((key.shape[1], query.shape[1]), -math.inf).tril_(-1)
         return torch.baddbmm(after, key, query.mT).exp2_()
-    return (after - shift.mT).baddbmm_(key, query.mT).exp2_()
+    scores = torch.bmm(key, query.mT) if subtracted else torch.baddbmm(-shift.mT, key, query.mT)
+    weights = scores.exp2_()
+    weights[:, start:].triu_()
+    return weights
 
 
 def _slopes(value: Tensor, grad: Tensor, delta: Tensor, weights: Tensor) -> Tensor:
