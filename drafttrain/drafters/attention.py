@@ -146,10 +146,10 @@ class _Attend(torch.autograd.Function):
             of_context_values.append(gv)
         of_keys, of_values = [], []
         for key, value, weight in zip(keys, values, ctx.own, strict=True):
-            gq, gk, gv = _own_backward(grad, delta, scaled, key, value, weight)
-            grad_query += gq
-            of_keys.append(gk)
-            of_values.append(gv)
+            slope = (_dot(grad, value) - delta).to(grad.dtype) * weight
+            grad_query.addcmul_(slope, key)
+            of_keys.append(slope * _LN2 * scaled)
+            of_values.append(grad * weight)
         grad_query *= 1.0 / math.sqrt(scaled.shape[-1])
         return None, grad_query, *of_context_keys, *of_context_values, *of_keys, *of_values
 
@@ -298,11 +298,3 @@ def _put_terms(x: Tensor, term: Tensor) -> None:
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """[.., d] times [.., d] to [.., 1], added up wide."""
     return (a * b).sum(-1, keepdim=True, dtype=wide(a))
-
-
-def _own_backward(
-    grad: Tensor, delta: Tensor, scaled: Tensor, key: Tensor, value: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A drafted slot's part of the gradients of query, key and value, [R, heads, d] each."""
-    slope = (_dot(grad, value) - delta).to(grad.dtype) * weight
-    return slope * key, slope * scaled * _LN2, grad * weight
