@@ -10,6 +10,10 @@ from typing import Any
 
 import torch
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
@@ -17,6 +21,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 from drafttrain.checkpoints.manifest import Kind
@@ -52,7 +58,8 @@ class Subject:
     Attributes:
         name: for reports.
         kind: of drafter.
-        family: of policy: "qwen3", or "mimo", whose last state reaches the drafter unnormed.
+        family: of policy, see :func:`make_policy`; the last state of "mimo" reaches the drafter
+            unnormed.
         options: of :meth:`Drafter.from_policy`.
         overrides: keys of the policy's configuration that its engine needs to be told.
         source: writes the causal LM that a draft model starts from, next to the policy.
@@ -100,6 +107,9 @@ SUBJECTS = [
     ),
     Subject("mtp of MiMo", "mtp", "mimo"),
     Subject("mtp for Qwen3", "mtp", "qwen3", overrides={"num_nextn_predict_layers": 1}),
+    Subject("mtp of GLM-4 MoE", "mtp", "glm4_moe"),
+    Subject("mtp of Qwen3-Next", "mtp", "qwen3_next"),
+    Subject("mtp of DeepSeek-V3", "mtp", "deepseek_v3"),
     Subject("draft model of Qwen3", "draft_model", "qwen3", {"layers": [0]}),
     Subject("draft model of MiMo", "draft_model", "mimo", {"layers": [0, 3]}),
     Subject("draft model, an OPT", "draft_model", "qwen3", source=_make_opt),
@@ -109,28 +119,70 @@ SUBJECTS = [
 def make_policy(folder: Path, family: str, seed: int = 0) -> Path:
     """A random policy with enough spread in its logits that sampling means something."""
     torch.manual_seed(seed)
-    sizes = {
-        "vocab_size": VOCAB,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 32,
-        "max_position_embeddings": MAX_LENGTH,
-        "tie_word_embeddings": False,
-        "initializer_range": 0.3,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-    }
-    if family == "qwen3":
-        _settle(Qwen3ForCausalLM(Qwen3Config(**sizes))).save_pretrained(folder)
-        return folder
-    _settle(Qwen2ForCausalLM(Qwen2Config(**sizes))).save_pretrained(folder)
+    _settle(_FAMILIES[family]()).save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    config |= {"architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1}
+    config |= _AS_SHIPPED.get(family, {})
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": MAX_LENGTH,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.3,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+_EXPERTS: dict[str, Any] = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
+_GROUPED_EXPERTS: dict[str, Any] = _EXPERTS | {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+}
+# Of the latent sizes, vLLM's kernel for CPUs takes the released model's alone.
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 2,
+    "kv_lora_rank": 512,
+    "q_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 64,
+    "head_dim": 64,  # as transformers calls the same
+    "v_head_dim": 32,
+}
+# Of its layers those with linear attention need bfloat16 on a CPU; a head's is the other kind.
+_QWEN3_NEXT: dict[str, Any] = _EXPERTS | {
+    "num_experts": 4,
+    "shared_expert_intermediate_size": 32,
+    "layer_types": ["full_attention"] * 4,
+}
+_FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_SIZES)),
+    "mimo": lambda: Qwen2ForCausalLM(Qwen2Config(**_SIZES)),
+    "glm4_moe": lambda: Glm4MoeForCausalLM(
+        Glm4MoeConfig(**_SIZES | _GROUPED_EXPERTS, use_qk_norm=True, attention_bias=True)
+    ),
+    "deepseek_v3": lambda: DeepseekV3ForCausalLM(
+        DeepseekV3Config(**_SIZES | _GROUPED_EXPERTS | _LATENT)
+    ),
+    "qwen3_next": lambda: Qwen3NextForCausalLM(Qwen3NextConfig(**_SIZES | _QWEN3_NEXT)),
+}
+# What transformers' classes do not say of the policies that ship an MTP head.
+_ONE_HEAD = {"num_nextn_predict_layers": 1}
+_AS_SHIPPED: dict[str, dict[str, Any]] = {
+    "mimo": _ONE_HEAD | {"architectures": ["MiMoForCausalLM"]},
+    "glm4_moe": _ONE_HEAD,
+    "qwen3_next": _ONE_HEAD,
+    "deepseek_v3": _ONE_HEAD | {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+}
 
 
 def demo_policy(folder: Path) -> Path:
@@ -143,10 +195,9 @@ def _settle(model: PreTrainedModel) -> PreTrainedModel:
     """The last token mostly decides the next: what a small drafter can guess."""
     model.model.norm.weight.uniform_(0.5, 1.5)  # a forgotten norm would show
     model.model.embed_tokens.weight *= 10
-    for layer in model.model.layers:
-        layer.self_attn.o_proj.weight *= 0.06
-        layer.mlp.down_proj.weight *= 0.06
-        if layer.self_attn.q_proj.bias is not None:
-            for projection in ("q_proj", "k_proj", "v_proj"):
-                torch.nn.init.normal_(getattr(layer.self_attn, projection).bias, std=0.3)
+    for name, parameter in model.model.layers.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")):
+            parameter *= 0.06
+        elif name.endswith("_proj.bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()

@@ -48,6 +48,15 @@ def test_the_engine_drafts_what_our_forward_drafts(
     assert_alike(bench_of(name).parity(k, count=24), 300 * k)
 
 
+@pytest.mark.parametrize(
+    "name", ["mtp of GLM-4 MoE", "mtp of Qwen3-Next", "mtp of DeepSeek-V3"]
+)
+def test_heads_of_experts_and_latent_attention_draft_so(
+    bench_of: Callable[[str], Bench], name: str
+) -> None:
+    assert_alike(bench_of(name).parity(3, count=16), 300)
+
+
 @chosen
 def test_the_estimate_is_what_the_engine_counts(
     bench_of: Callable[[str], Bench], name: str
