@@ -18,6 +18,12 @@ from drafttrain.integrations.vllm.messages import Acceptance, EngineStatus
 from drafttrain.rollouts.record import Rollout
 from drafttrain.rollouts.spool import SpoolReader
 
+# For latent attention in float32 on a CPU: the kernel vLLM prefers on some has no float32, and the
+# one for rotations turns only the first head of a query [N, heads, d].
+_LATENT: dict[str, Any] = {
+    "attention_backend": "CPU_MLA",
+    "compilation_config": {"custom_ops": ["all", "-rotary_embedding"]},
+}
 # An engine that goes takes the process groups of all others in this process with it.
 _kept: list[Any] = []
 
@@ -53,34 +59,29 @@ class Engine:
         self.spool = spool
         settings = {"spool": str(spool), "engine": "bench"}
         settings |= {"registry": str(registry)} if registry else {}
-        # Latent attention on a CPU: vLLM's own choice for some processors takes no float32, and its
-        # kernel turns the first of several heads alone where they are not side by side in memory.
         latent = "kv_lora_rank" in json.loads((policy / "config.json").read_text())
-        backend = "CPU_MLA" if latent else None
-        kernels = ["all", "-rotary_embedding"] if latent else ["all"]
+        attention = _LATENT if latent else {"block_size": 32}
         self.llm = LLM(
             str(policy),
             dtype="float32",
             enforce_eager=True,
             max_model_len=256,
             max_num_seqs=32,
-            block_size=None if latent else 32,
             seed=0,
             distributed_executor_backend="uni",
             disable_log_stats=False,
             skip_tokenizer_init=True,
             num_gpu_blocks_override=800,
-            attention_backend=backend,
-            compilation_config={"custom_ops": kernels},
             hf_overrides=overrides or {},
             speculative_config={
                 "method": method,
                 "model": str(drafter),
                 "num_speculative_tokens": k,
                 "draft_sample_method": draft_sample_method,
-                "attention_backend": backend,
+                "attention_backend": attention.get("attention_backend"),
             },
             additional_config={"drafttrain": settings},
+            **attention,
         )
         _kept.append(self.llm)
 

@@ -116,16 +116,6 @@ SUBJECTS = [
 ]
 
 
-def make_policy(folder: Path, family: str, seed: int = 0) -> Path:
-    """A random policy with enough spread in its logits that sampling means something."""
-    torch.manual_seed(seed)
-    _settle(_FAMILIES[family]()).save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    config |= _AS_SHIPPED.get(family, {})
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
@@ -183,6 +173,16 @@ _AS_SHIPPED: dict[str, dict[str, Any]] = {
     "qwen3_next": _ONE_HEAD,
     "deepseek_v3": _ONE_HEAD | {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
 }
+
+
+def make_policy(folder: Path, family: str, seed: int = 0) -> Path:
+    """A random policy with enough spread in its logits that sampling means something."""
+    torch.manual_seed(seed)
+    _settle(_FAMILIES[family]()).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= _AS_SHIPPED.get(family, {})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def demo_policy(folder: Path) -> Path:

@@ -5,6 +5,7 @@ The whole of it, over more tokens, is ``python -m benchmarks.parity``.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,9 @@ import torch
 from benchmarks.engines import Engine
 from benchmarks.parity import Bench, DraftParity
 from benchmarks.subjects import SUBJECTS
+from drafttrain.checkpoints.registry import Registry
 from drafttrain.drafters import Eagle3Drafter, MTPDrafter
+from drafttrain.publishing import publish_folder
 
 # One of each kind, on the policy that shows most.
 chosen = pytest.mark.parametrize(
@@ -48,13 +51,24 @@ def test_the_engine_drafts_what_our_forward_drafts(
     assert_alike(bench_of(name).parity(k, count=24), 300 * k)
 
 
-@pytest.mark.parametrize(
-    "name", ["mtp of GLM-4 MoE", "mtp of Qwen3-Next", "mtp of DeepSeek-V3"]
-)
-def test_heads_of_experts_and_latent_attention_draft_so(
-    bench_of: Callable[[str], Bench], name: str
+@pytest.mark.parametrize("name", ["mtp of GLM-4 MoE", "mtp of Qwen3-Next", "mtp of DeepSeek-V3"])
+def test_heads_with_experts_draft_so_and_after_a_swap(
+    bench_of: Callable[[str], Bench], name: str, tmp_path: Path
 ) -> None:
-    assert_alike(bench_of(name).parity(3, count=16), 300)
+    bench = bench_of(name)
+    assert_alike(bench.parity(3, count=16), 300)
+    registry = Registry(tmp_path / "registry")
+    for drafter in (bench.subject.drafter(bench.policy), bench.drafter):
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        drafter.export(folder)
+        publish_folder(folder, bench.policy, registry)
+    spool = tmp_path / "spool"
+    engine = Engine(
+        bench.policy, registry.folder(1), method="mtp", k=3, spool=spool, registry=registry.root
+    )
+    (reply,) = engine.llm.collective_rpc("drafttrain_swap", args=(2,))
+    assert reply["version"] == 2, reply
+    assert_alike(bench.parity(3, 16, engine), 300)
 
 
 @chosen

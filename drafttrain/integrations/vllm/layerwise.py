@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
 from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
@@ -22,6 +25,7 @@ from vllm.model_executor.model_loader.reload.layerwise import (
     initialize_layerwise_reload,
     is_deferred_attention_layer,
 )
+from vllm.platforms import current_platform
 
 from drafttrain.errors import EngineError
 
@@ -39,7 +43,12 @@ def layerwise_load(model: Any, policy: nn.Module, weights: Weights, model_config
 
     Whatever is raised, the module is whole again, but some of its layers are new and some old.
     """
-    with torch.no_grad(), _without_shared(model, policy), disable_mtp_completeness_check():
+    with (
+        torch.no_grad(),
+        _without_shared(model, policy),
+        _packing_experts(model),
+        disable_mtp_completeness_check(),
+    ):
         initialize_layerwise_reload(model)
         whole = False
         try:
@@ -73,6 +82,28 @@ def _without_shared(model: nn.Module, policy: nn.Module) -> Iterator[None]:
     finally:
         for parent, name, child in taken:
             parent._modules[name] = child
+
+
+@contextmanager
+def _packing_experts(model: nn.Module) -> Iterator[None]:
+    """Has experts packed for a CPU's kernel, which vLLM does with the first weights alone.
+
+    Where a kernel is there already, ``UnquantizedFusedMoEMethod._setup_kernel`` takes weights for
+    an update and leaves them as they came, and the kernel reads them as packed.
+    """
+    methods = [getattr(layer, "quant_method", None) for layer in model.modules()]
+    kernels = [
+        (method, method.moe_kernel)
+        for method in methods
+        if isinstance(method, UnquantizedFusedMoEMethod) and current_platform.is_cpu()
+    ]
+    for method, _ in kernels:
+        method.moe_kernel = None
+    try:
+        yield
+    finally:
+        for method, kernel in kernels:
+            method.moe_kernel = kernel
 
 
 def _check_whole(model: nn.Module) -> None:
