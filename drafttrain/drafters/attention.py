@@ -257,13 +257,15 @@ def _weights(key: Tensor, query: Tensor, shift: Tensor, start: int) -> Tensor:
     Returns:
         [.., stop, stop - start]; with keys in rows most products need no transpose.
     """
-    subtracted = _spare(query) > 0
-    if subtracted:
+    if not _spare(query):
+        scores = torch.baddbmm(-shift.mT, key, query.mT)
+    else:
         _put_terms(query, -shift)
-    if subtracted and start == 0:
-        after = key.new_full((key.shape[1], query.shape[1]), -math.inf).tril_(-1)
-        return torch.baddbmm(after, key, query.mT).exp2_()
-    scores = torch.bmm(key, query.mT) if subtracted else torch.baddbmm(-shift.mT, key, query.mT)
+        if start == 0:
+            # All of the tile lies along the diagonal: masked inside the product.
+            after = key.new_full((key.shape[1], query.shape[1]), -math.inf).tril_(-1)
+            return torch.baddbmm(after, key, query.mT).exp2_()
+        scores = torch.bmm(key, query.mT)
     weights = scores.exp2_()
     weights[:, start:].triu_()
     return weights
