@@ -2,8 +2,8 @@
 
 Two comparisons, for each subject:
 
-- *drafts*: the tokens the engine drafts (k = 1 .. 5), against those our forward drafts on the same
-  context, which is the rollout so far and what the round has drafted itself;
+- *drafts*: the tokens the engine drafts (k = 1 .. 5, and after a swap), against those our forward
+  drafts on the same context, which is the rollout so far and what the round has drafted itself;
 - *acceptance*: the replay estimate on the rollouts an engine made, against that engine's counters.
 
     python -m benchmarks.parity [--json] [--only NAME ...] [--drafted N]
@@ -13,25 +13,30 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from benchmarks.engines import Engine, prompts
-from benchmarks.subjects import SUBJECTS, Subject, make_policy
+from benchmarks.subjects import SUBJECTS, Subject, make_policy, subject_named
+from drafttrain.checkpoints.registry import Registry
 from drafttrain.config import TrainingConfig
 from drafttrain.control.acceptance import DraftSampleMethod, estimate_acceptance, usable
 from drafttrain.drafters import Drafter, PolicyShape, load_drafter
 from drafttrain.drafters.batch import make_batch
 from drafttrain.pretrain import pretrain
+from drafttrain.publishing import publish_folder
 from drafttrain.rollouts.record import Rollout
 from drafttrain.rollouts.replay import Replay
 
 K = 3
+_T = TypeVar("_T")
 _ROUNDS_AT_ONCE = 128
 
 
@@ -48,6 +53,7 @@ class Drafted:
 class DraftParity:
     """Attributes:
     positions: drafted tokens compared.
+    swapped: whether the drafter came by a swap.
     agreeing: those our forward drafts as well.
     ties: of the rest, those whose logits differ by less than 1e-4 in our forward.
     """
@@ -57,6 +63,7 @@ class DraftParity:
     positions: int
     agreeing: int
     ties: int
+    swapped: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,16 @@ class Bench:
     def engine(self, k: int, method: DraftSampleMethod = "greedy") -> Engine:
         return self._engine(self._home / "trained", k, method)
 
+    def swapped(self, k: int) -> Engine:
+        """It drafts greedily; the trained drafter came in the place of an untrained one."""
+        registry = Registry(Path(tempfile.mkdtemp(dir=self._home)) / "registry")
+        for name in ("start", "trained"):
+            publish_folder(self._home / name, self.policy, registry)
+        engine = self._engine(registry.folder(1), k, "greedy", registry.root)
+        (reply,) = engine.llm.collective_rpc("drafttrain_swap", args=(2,))
+        assert reply.get("version") == 2, reply
+        return engine
+
     def parity(self, k: int, count: int = 48, engine: Engine | None = None) -> DraftParity:
         """Greedy drafts in sampled rollouts; `engine` is one that drafts k tokens greedily."""
         engine = engine or self.engine(k)
@@ -134,7 +151,9 @@ class Bench:
         # Not by its name: for vLLM, "eagle3" in the path of another kind decides the method.
         return self.folder / f"subject-{SUBJECTS.index(self.subject)}"
 
-    def _engine(self, drafter: Path, k: int, method: DraftSampleMethod) -> Engine:
+    def _engine(
+        self, drafter: Path, k: int, method: DraftSampleMethod, registry: Path | None = None
+    ) -> Engine:
         spool = Path(tempfile.mkdtemp(dir=self._home, prefix="spool-"))
         return Engine(
             self.policy,
@@ -144,6 +163,7 @@ class Bench:
             spool=spool,
             draft_sample_method=method,
             overrides=self.subject.overrides,
+            registry=registry,
         )
 
     def _trained(self, steps: int) -> Drafter:
@@ -230,19 +250,28 @@ def _context(rollout: Rollout, drafted: Drafted) -> Rollout:
     )
 
 
-def run(
-    subjects: Sequence[Subject], folder: Path, drafted: int
-) -> Iterator[DraftParity | AcceptanceParity]:
-    """Everything, one result after the other."""
+def run(bench: Bench, drafted: int) -> Iterator[DraftParity | AcceptanceParity]:
+    """Everything of one subject, one result after the other."""
+    for k in range(1, 6):
+        yield bench.parity(k)
+    yield replace(bench.parity(K, engine=bench.swapped(K)), swapped=True)
     methods: tuple[DraftSampleMethod, ...] = ("greedy", "probabilistic")
-    for subject in subjects:
-        bench = Bench(subject, folder)
-        for k in range(1, 6):
-            yield bench.parity(k)
-        for method in methods:
-            engine = bench.engine(K, method)
-            for temperature in (0.7, 1.0):
-                yield bench.acceptance(engine, method, temperature, drafted)
+    for method in methods:
+        engine = bench.engine(K, method)
+        for temperature in (0.7, 1.0):
+            yield bench.acceptance(engine, method, temperature, drafted)
+
+
+def in_own_process(function: Callable[..., _T], *arguments: object) -> _T:
+    """vLLM makes a process's groups for its first engine; experts need one that others do not."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def results_of(name: str, drafted: int) -> list[DraftParity | AcceptanceParity]:
+    """Those of the subject of that name."""
+    with tempfile.TemporaryDirectory() as folder:
+        return list(run(Bench(subject_named(name), Path(folder)), drafted))
 
 
 def main() -> None:
@@ -251,11 +280,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=[s.name for s in SUBJECTS])
     parser.add_argument("--drafted", type=int, default=20_000, help="draft tokens a measurement")
     options = parser.parse_args()
-    chosen = [s for s in SUBJECTS if options.only is None or s.name in options.only]
     drafts: list[dict[str, Any]] = []
     acceptance: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for result in run(chosen, Path(folder), options.drafted):
+    for name in options.only or [subject.name for subject in SUBJECTS]:
+        for result in in_own_process(results_of, name, options.drafted):
             if isinstance(result, DraftParity):
                 drafts.append(asdict(result))
             else:

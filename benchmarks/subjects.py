@@ -116,6 +116,10 @@ SUBJECTS = [
 ]
 
 
+def subject_named(name: str) -> Subject:
+    return next(subject for subject in SUBJECTS if subject.name == name)
+
+
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 64,

@@ -5,7 +5,6 @@ The whole of it, over more tokens, is ``python -m benchmarks.parity``.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,11 +13,9 @@ import pytest
 import torch
 
 from benchmarks.engines import Engine
-from benchmarks.parity import Bench, DraftParity
-from benchmarks.subjects import SUBJECTS
-from drafttrain.checkpoints.registry import Registry
+from benchmarks.parity import Bench, DraftParity, in_own_process
+from benchmarks.subjects import subject_named
 from drafttrain.drafters import Eagle3Drafter, MTPDrafter
-from drafttrain.publishing import publish_folder
 
 # One of each kind, on the policy that shows most.
 chosen = pytest.mark.parametrize(
@@ -30,9 +27,8 @@ chosen = pytest.mark.parametrize(
 def bench_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bench]:
     @cache
     def bench(name: str) -> Bench:
-        subject = next(subject for subject in SUBJECTS if subject.name == name)
         with torch.enable_grad():
-            return Bench(subject, tmp_path_factory.mktemp("kinds"), steps=40)
+            return Bench(subject_named(name), tmp_path_factory.mktemp("kinds"), steps=40)
 
     return bench
 
@@ -52,23 +48,14 @@ def test_the_engine_drafts_what_our_forward_drafts(
 
 
 @pytest.mark.parametrize("name", ["mtp of GLM-4 MoE", "mtp of Qwen3-Next", "mtp of DeepSeek-V3"])
-def test_heads_with_experts_draft_so_and_after_a_swap(
-    bench_of: Callable[[str], Bench], name: str, tmp_path: Path
-) -> None:
-    bench = bench_of(name)
-    assert_alike(bench.parity(3, count=16), 300)
-    registry = Registry(tmp_path / "registry")
-    for drafter in (bench.subject.drafter(bench.policy), bench.drafter):
-        folder = Path(tempfile.mkdtemp(dir=tmp_path))
-        drafter.export(folder)
-        publish_folder(folder, bench.policy, registry)
-    spool = tmp_path / "spool"
-    engine = Engine(
-        bench.policy, registry.folder(1), method="mtp", k=3, spool=spool, registry=registry.root
-    )
-    (reply,) = engine.llm.collective_rpc("drafttrain_swap", args=(2,))
-    assert reply["version"] == 2, reply
-    assert_alike(bench.parity(3, 16, engine), 300)
+def test_heads_with_experts_draft_so_and_after_a_swap(name: str, tmp_path: Path) -> None:
+    for parity in in_own_process(before_and_after_a_swap, name, tmp_path):
+        assert_alike(parity, 300)
+
+
+def before_and_after_a_swap(name: str, folder: Path) -> list[DraftParity]:
+    bench = Bench(subject_named(name), folder, steps=40)
+    return [bench.parity(3, 16, engine) for engine in (bench.engine(3), bench.swapped(3))]
 
 
 @chosen
