@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -53,9 +54,9 @@ class Drafted:
 class DraftParity:
     """Attributes:
     positions: drafted tokens compared.
-    swapped: whether the drafter came by a swap.
     agreeing: those our forward drafts as well.
     ties: of the rest, those whose logits differ by less than 1e-4 in our forward.
+    swapped: whether the drafter came by a swap.
     """
 
     subject: str
@@ -283,6 +284,7 @@ def main() -> None:
     drafts: list[dict[str, Any]] = []
     acceptance: list[dict[str, Any]] = []
     for name in options.only or [subject.name for subject in SUBJECTS]:
+        print(f"{name} …", file=sys.stderr, flush=True)
         for result in in_own_process(results_of, name, options.drafted):
             if isinstance(result, DraftParity):
                 drafts.append(asdict(result))
