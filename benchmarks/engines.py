@@ -20,10 +20,12 @@ from drafttrain.rollouts.spool import SpoolReader
 
 # For latent attention in float32 on a CPU: the kernel vLLM prefers on some has no float32, and the
 # one for rotations turns only the first head of a query [N, heads, d].
-_LATENT: dict[str, Any] = {
-    "attention_backend": "CPU_MLA",
+_LATENT_ATTENTION: dict[str, Any] = {
+    "attention_backend": "CPU_MLA",  # in blocks of 16
+    "num_gpu_blocks_override": 800,
     "compilation_config": {"custom_ops": ["all", "-rotary_embedding"]},
 }
+_ATTENTION: dict[str, Any] = {"block_size": 32, "num_gpu_blocks_override": 400}
 # An engine that goes takes the process groups of all others in this process with it.
 _kept: list[Any] = []
 
@@ -60,7 +62,7 @@ class Engine:
         settings = {"spool": str(spool), "engine": "bench"}
         settings |= {"registry": str(registry)} if registry else {}
         latent = "kv_lora_rank" in json.loads((policy / "config.json").read_text())
-        attention = _LATENT if latent else {"block_size": 32}
+        attention = _LATENT_ATTENTION if latent else _ATTENTION
         self.llm = LLM(
             str(policy),
             dtype="float32",
@@ -71,7 +73,6 @@ class Engine:
             distributed_executor_backend="uni",
             disable_log_stats=False,
             skip_tokenizer_init=True,
-            num_gpu_blocks_override=800,
             hf_overrides=overrides or {},
             speculative_config={
                 "method": method,

@@ -21,6 +21,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
 )
@@ -111,6 +113,7 @@ SUBJECTS = [
     Subject("mtp of Qwen3-Next", "mtp", "qwen3_next"),
     Subject("mtp of DeepSeek-V3", "mtp", "deepseek_v3"),
     Subject("draft model of Qwen3", "draft_model", "qwen3", {"layers": [0]}),
+    Subject("draft model of Qwen3-MoE", "draft_model", "qwen3_moe", {"layers": [0]}),
     Subject("draft model of MiMo", "draft_model", "mimo", {"layers": [0, 3]}),
     Subject("draft model, an OPT", "draft_model", "qwen3", source=_make_opt),
 ]
@@ -160,6 +163,9 @@ _QWEN3_NEXT: dict[str, Any] = _EXPERTS | {
 }
 _FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_SIZES)),
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**_SIZES | _EXPERTS, num_experts=4, norm_topk_prob=True)
+    ),
     "mimo": lambda: Qwen2ForCausalLM(Qwen2Config(**_SIZES)),
     "glm4_moe": lambda: Glm4MoeForCausalLM(
         Glm4MoeConfig(**_SIZES | _GROUPED_EXPERTS, use_qk_norm=True, attention_bias=True)

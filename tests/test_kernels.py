@@ -97,13 +97,17 @@ def test_attend(sizes: list[tuple[int, int]], depths: int, square_at_once: int) 
 
 @pytest.mark.parametrize("ahead", [0.0, 3.0, 40.0, 900.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_attention_to_scores_far_above_a_rounds_own(dtype: torch.dtype, ahead: float) -> None:
-    """What the first slot's key scores more than a round's own, `ahead`, neither overflows nor is
-    rounded away."""
+@pytest.mark.parametrize("square_at_once", [1 << 9, 1 << 19])  # of some queries, and of all
+def test_attention_to_scores_far_above_a_rounds_own(
+    dtype: torch.dtype, ahead: float, square_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What some slots' keys score more than a round's own, `ahead`, neither overflows nor is
+    rounded away, and is not seen before its slot."""
+    monkeypatch.setattr(attention_plan, "square_at_once", lambda dtype: square_at_once)
     batch = making.bare_batch([1], [40])
     query, key, value = (normal(len(batch.slots), 2, 32, seed=seed).detach() for seed in range(3))
     query[..., 0], key[..., 0] = 1.0, 0.0
-    key[[0, 7], :, 0] = ahead * 32**0.5
+    key[[0, 7, 30], :, 0] = ahead * 32**0.5
     exact = [tensor.to(dtype).double() for tensor in (query, key, value)]
     expected = plain_attention(batch, exact[0], exact[1:2], exact[2:])
     got = attended(query.to(dtype), [key.to(dtype)], [value.to(dtype)], batch).double()
@@ -111,12 +115,16 @@ def test_attention_to_scores_far_above_a_rounds_own(dtype: torch.dtype, ahead: f
     assert (got - expected).norm() < allowed * expected.norm()
 
 
-def test_gradients_of_attention_in_bfloat16() -> None:
+@pytest.mark.parametrize("square_at_once", [1 << 15, 1 << 19])  # of some queries, and of all
+def test_gradients_of_attention_in_bfloat16(
+    square_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Scores that lie far from zero together, as those of trained heads do.
 
     Rounded themselves, instead of what they differ from their log-sum-exp by, they would cost a
     gradient up to 29%.
     """
+    monkeypatch.setattr(attention_plan, "square_at_once", lambda dtype: square_at_once)
     batch = making.bare_batch([1], [400])
     slots = len(batch.slots)
     exact = [normal(slots, 2, 32, seed=seed) + offset for seed, offset in enumerate((3, 3, 0, 0))]

@@ -47,15 +47,24 @@ def test_the_engine_drafts_what_our_forward_drafts(
     assert_alike(bench_of(name).parity(k, count=24), 300 * k)
 
 
-@pytest.mark.parametrize("name", ["mtp of GLM-4 MoE", "mtp of Qwen3-Next", "mtp of DeepSeek-V3"])
-def test_heads_with_experts_draft_so_and_after_a_swap(name: str, tmp_path: Path) -> None:
-    for parity in in_own_process(before_and_after_a_swap, name, tmp_path):
+@pytest.mark.parametrize(
+    "name",
+    ["mtp of GLM-4 MoE", "mtp of Qwen3-Next", "mtp of DeepSeek-V3", "draft model of Qwen3-MoE"],
+)
+def test_drafters_with_experts_draft_so_wherever_they_come_from(name: str, tmp_path: Path) -> None:
+    """A folder, a swap, and for a head the policy that it is stitched into."""
+    for parity in in_own_process(parity_by_origin, name, tmp_path):
         assert_alike(parity, 300)
 
 
-def before_and_after_a_swap(name: str, folder: Path) -> list[DraftParity]:
+def parity_by_origin(name: str, folder: Path) -> list[DraftParity]:
     bench = Bench(subject_named(name), folder, steps=40)
-    return [bench.parity(3, 16, engine) for engine in (bench.engine(3), bench.swapped(3))]
+    engines = [bench.engine(3), bench.swapped(3)]
+    if isinstance(bench.drafter, MTPDrafter):
+        policy = folder / "stitched"
+        bench.drafter.stitch(bench.policy, policy)
+        engines.append(Engine(policy, policy, method="mtp", k=3, spool=folder / "spool"))
+    return [bench.parity(3, 16, engine) for engine in engines]
 
 
 @chosen

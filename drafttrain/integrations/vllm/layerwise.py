@@ -91,11 +91,12 @@ def _packing_experts(model: nn.Module) -> Iterator[None]:
     Where a kernel is there already, ``UnquantizedFusedMoEMethod._setup_kernel`` takes weights for
     an update and leaves them as they came, and the kernel reads them as packed.
     """
-    methods = [getattr(layer, "quant_method", None) for layer in model.modules()]
+    layers = model.modules() if current_platform.is_cpu() else ()
+    methods = [getattr(layer, "quant_method", None) for layer in layers]
     kernels = [
         (method, method.moe_kernel)
         for method in methods
-        if isinstance(method, UnquantizedFusedMoEMethod) and current_platform.is_cpu()
+        if isinstance(method, UnquantizedFusedMoEMethod)
     ]
     for method, _ in kernels:
         method.moe_kernel = None
