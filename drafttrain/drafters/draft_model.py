@@ -85,8 +85,12 @@ class DraftModel(Drafter):
         return weight
 
     def add_lora(self, rank: int) -> None:
+        body = self.model.base_model
         config = LoraConfig(
-            r=rank, lora_alpha=2 * rank, target_modules=_linears_within(self.model.base_model)
+            r=rank,
+            lora_alpha=2 * rank,
+            target_modules=_linears_within(body),
+            target_parameters=_experts_within(body),
         )
         self.model.requires_grad_(False)
         inject_adapter_in_model(config, self.model)
@@ -300,11 +304,26 @@ def _linears_within(body: nn.Module) -> list[str]:
     return sorted({name.rpartition(".")[2] for name in names})
 
 
+def _experts_within(body: nn.Module) -> list[str]:
+    """Last parts of the names of all stacked experts' weights, [E, .., ..] each.
+
+    Not of experts with biases: peft puts what it adapts behind them, and averaged weights would
+    meet others.
+    """
+    found = set()
+    for name, module in body.named_modules():
+        weights = dict(module.named_parameters(recurse=False))
+        if name.endswith("experts") and all(weight.dim() == 3 for weight in weights.values()):
+            found |= {f"{name.rpartition('.')[2]}.{weight}" for weight in weights}
+    return sorted(found)
+
+
 def _merged(model: PreTrainedModel) -> PreTrainedModel:
     """A copy without low-rank additions: they are added to the weights."""
     merged = copy.deepcopy(model)
     additions = [(n, m) for n, m in merged.named_modules() if isinstance(m, LoraLayer)]
-    for name, module in additions:
+    # The inner ones first: additions to experts wrap each other.
+    for name, module in reversed(additions):
         module.merge()
         merged.set_submodule(name, module.get_base_layer())
     return merged
