@@ -15,13 +15,25 @@ from engines import Rollouts, generate, greedy, make_engine, prompts, sampled, s
 from safetensors.torch import load_file, save_file
 from test_vllm_swap import drafter_of, drafts, policy_weights, swap
 from test_vllm_tap import assert_close, assert_mostly_captured
-from tiny_models import load_policy, make_causal, make_mimo, make_policy, mimo_head
+from tiny_models import (
+    HIDDEN,
+    INNER,
+    MAX_LENGTH,
+    VOCAB,
+    load_policy,
+    make_causal,
+    make_mimo,
+    make_policy,
+    mimo_head,
+)
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from benchmarks.parity import in_own_process
 from drafttrain.checkpoints.manifest import Kind, Manifest, TargetFingerprint
 from drafttrain.checkpoints.registry import Registry
 from drafttrain.checkpoints.verify import Verified
 from drafttrain.integrations.vllm import swap as swap_module
-from drafttrain.publishing import UNTRAINED
+from drafttrain.publishing import UNTRAINED, publish_folder
 from drafttrain.rollouts.spool import SpoolReader
 
 Tensors = dict[str, torch.Tensor]
@@ -199,6 +211,44 @@ def test_a_tensor_that_never_comes_restores_the_old_drafter(
     assert reply["status"] == 409
     assert "values came; version 2 is restored" in reply["error"]
     assert drafts(kinds.llm, 65) == expected
+
+
+def test_a_model_that_runs_by_way_of_transformers_swaps(tmp_path: Path) -> None:
+    """Its modules keep frequencies that no checkpoint has."""
+    first, second, again = in_own_process(drafts_of_gpt_neox, tmp_path)
+    assert first == again
+    assert first != second
+
+
+def drafts_of_gpt_neox(folder: Path) -> list[list[list[int]]]:
+    """Those of version 1, which the engine started with, of version 2 and of version 1 again.
+
+    In a process of its own: vLLM changes transformers' class when an engine runs it.
+    """
+    policy, registry = make_policy(folder / "policy"), Registry(folder / "registry")
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        config = GPTNeoXConfig(
+            vocab_size=VOCAB,
+            hidden_size=HIDDEN,
+            intermediate_size=INNER,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=MAX_LENGTH,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
+        GPTNeoXForCausalLM(config).save_pretrained(folder / f"draft-{seed}")
+        publish_folder(folder / f"draft-{seed}", policy, registry)
+    speculative = {"method": "draft_model"}
+    settings = {"registry": str(registry.root), "engine": "neox"}
+    llm = make_engine(policy, registry.folder(1), settings, speculative_config=speculative)
+    seen = [drafts(llm, 67)]
+    for version in (2, 1):
+        reply = swap(llm, version)
+        assert reply.get("version") == version, reply
+        seen.append(drafts(llm, 67))
+    return seen
 
 
 # An engine of its own process: numba, which ngram drafting compiles with, breaks the start of every

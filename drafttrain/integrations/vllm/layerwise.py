@@ -118,9 +118,16 @@ def _check_whole(model: nn.Module) -> None:
         if not info.can_load() or is_deferred_attention_layer(layer):
             continue
         padded = isinstance(layer, VocabParallelEmbedding) and info.load_numel > 0
-        if not padded and info.load_numel < info.load_numel_total:
-            problem = f"only {info.load_numel} of {info.load_numel_total} values came"
-            raise EngineError(f"{name}: {problem}")
+        expected = info.load_numel_total - _constants(layer)
+        if not padded and info.load_numel < expected:
+            raise EngineError(f"{name}: only {info.load_numel} of {expected} values came")
+
+
+def _constants(layer: nn.Module) -> int:
+    """How many of its values no checkpoint has: a transformers module's frequencies, say."""
+    computed = get_layerwise_info(layer).kernel_non_persistent_buffers
+    buffers = layer.named_buffers(recurse=False)
+    return sum(buffer.numel() for name, buffer in buffers if name in computed)
 
 
 def _forget_half_loaded(model: nn.Module) -> None:
