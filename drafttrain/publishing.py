@@ -9,9 +9,10 @@ import torch
 
 from drafttrain.checkpoints.manifest import Acceptance, Lineage, Manifest, TargetFingerprint
 from drafttrain.checkpoints.registry import Registry
+from drafttrain.checkpoints.verify import verify
 from drafttrain.control.acceptance import AcceptanceEstimate, DraftSampleMethod
 from drafttrain.drafters import load_drafter
-from drafttrain.drafters.contract import Drafter
+from drafttrain.drafters.contract import Drafter, exact_dtype
 from drafttrain.drafters.policy import PolicyShape
 
 UNTRAINED = Lineage(policy_versions=[], rollouts=0, tokens=0, optimizer_steps=0)
@@ -56,17 +57,21 @@ def publish_drafter(
 
 
 def publish_folder(folder: Path, target: Path, registry: Registry) -> Manifest:
-    """Publish a drafter made elsewhere.
+    """Publish a drafter made elsewhere, in the one form that every engine reads and swaps.
+
+    Its numbers stay bit for bit, in the dtype they have.
 
     Raises:
         CheckpointError: it is not sound, or does not fit the policy in `target`.
     """
-    kind = load_drafter(folder, PolicyShape.from_folder(target)).kind
-    return registry.publish(
-        folder,
-        kind=kind,
-        target=TargetFingerprint.from_folder(target),
+    fingerprint = TargetFingerprint.from_folder(target)
+    drafter = load_drafter(folder, PolicyShape.from_folder(target))
+    return publish_drafter(
+        registry,
+        drafter,
+        fingerprint,
         parent=registry.latest(),
         lineage=UNTRAINED,
         acceptance=None,
+        dtype=exact_dtype(verify(folder, fingerprint).tensors),
     )

@@ -12,14 +12,32 @@ from drafttrain.checkpoints.manifest import Size
 from drafttrain.config import explain
 from drafttrain.errors import CheckpointError
 
-QWEN3 = "Eagle3Qwen3ForCausalLM"
-ARCHITECTURES_EAGLE3 = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", QWEN3)
+LLAMA, QWEN3 = "LlamaForCausalLMEagle3", "Eagle3Qwen3ForCausalLM"
+# What published drafters call themselves, and which of the engine's two models runs them
+# (``models/registry.py``).
+_MODELS = {
+    LLAMA: LLAMA,
+    "Eagle3LlamaForCausalLM": LLAMA,
+    "Eagle3MiniMaxM2ForCausalLM": LLAMA,
+    "Eagle3Qwen2_5vlForCausalLM": LLAMA,
+    "Eagle3Qwen3vlForCausalLM": LLAMA,
+    QWEN3: QWEN3,
+}
 
 # The decoder layer has two names in the wild; shapes are listed under the first.
 LAYER = "midlayer."
 LAYER_ALIAS = "layers.0."
 
 _LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
+
+# Keys that change what the engine computes, and the only values that are computed here as well.
+_NEUTRAL: dict[str, Any] = {
+    "logit_scale": 1,
+    "partial_rotary_factor": 1,
+    "is_causal": True,
+    "bias": False,
+    "qkv_bias": False,
+}
 
 
 class Eagle3Config(BaseModel):
@@ -28,6 +46,7 @@ class Eagle3Config(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
     architectures: list[str]
+    """One of :data:`LLAMA` and :data:`QWEN3`."""
     hidden_size: Size
     intermediate_size: Size
     num_attention_heads: Size
@@ -49,6 +68,20 @@ class Eagle3Config(BaseModel):
     hidden_act: Literal["silu"] = "silu"
 
 
+def is_eagle3(config: dict[str, Any]) -> bool:
+    """Whether a ``config.json`` of the raw layout is an Eagle3 drafter's.
+
+    Many call themselves what their layer is; then what no other model has tells.
+    """
+    named = any("Eagle3" in name for name in _architectures(config))
+    return named or any(config.get(key) is not None for key in ("draft_vocab_size", "eagle_config"))
+
+
+def _architectures(config: dict[str, Any]) -> list[str]:
+    given = config.get("architectures")
+    return [name for name in given if isinstance(name, str)] if isinstance(given, list) else []
+
+
 def with_layer_ids(config: dict[str, Any], num_layers: int) -> dict[str, Any]:
     """`config` with the aux layers that the engine reads from a policy where it names none.
 
@@ -65,7 +98,7 @@ def with_layer_ids(config: dict[str, Any], num_layers: int) -> dict[str, Any]:
 def _names_layers(config: dict[str, Any]) -> bool:
     eagle = config.get("eagle_config")
     inner = eagle.get(_LAYER_IDS) if isinstance(eagle, dict) else None
-    return config.get(_LAYER_IDS, inner) is not None
+    return bool(config.get(_LAYER_IDS) or inner)  # an empty list names none
 
 
 def engine_layer_ids(num_layers: int) -> list[int]:
@@ -77,11 +110,7 @@ def eagle3_tensors(parsed: Eagle3Config) -> ExpectedTensors:
     """The decoder layer is listed as ``midlayer.``; files may call it ``layers.0.``."""
     hidden, vocab = parsed.hidden_size, parsed.vocab_size
     features = parsed.num_aux_hidden_states * parsed.target_hidden_size
-    required: Shapes = {
-        "fc.weight": (hidden, features),
-        "norm.weight": (hidden,),
-        "lm_head.weight": (parsed.draft_vocab_size, hidden),
-    }
+    required: Shapes = {"fc.weight": (hidden, features), "norm.weight": (hidden,)}
     first = _layer_tensors(parsed, 2 * hidden) | {"hidden_norm.weight": (hidden,)}
     required |= {LAYER + name: shape for name, shape in first.items()}
     optional: Shapes = {"t2d": (vocab,)}
@@ -97,9 +126,11 @@ def eagle3_tensors(parsed: Eagle3Config) -> ExpectedTensors:
             required[f"fc_norm.{index}.weight"] = (parsed.target_hidden_size,)
     if parsed.draft_vocab_size != vocab:
         required["d2t"] = (parsed.draft_vocab_size,)
-    # An absent embedding means the target's, which only fits a drafter of the same width.
-    shared = hidden == parsed.target_hidden_size
-    (optional if shared else required)["embed_tokens.weight"] = (vocab, hidden)
+    # Absent ones mean the target's, which only fit a drafter of the same width.
+    fits = hidden == parsed.target_hidden_size
+    (optional if fits else required)["embed_tokens.weight"] = (vocab, hidden)
+    fits = fits and parsed.draft_vocab_size == vocab
+    (optional if fits else required)["lm_head.weight"] = (parsed.draft_vocab_size, hidden)
     return ExpectedTensors(required, optional)
 
 
@@ -140,16 +171,22 @@ def parse_eagle3(config: dict[str, Any], where: str | Path) -> Eagle3Config:
     eagle = config.get("eagle_config") or {}
     if not isinstance(eagle, dict):
         raise CheckpointError(where, "eagle_config", "expected an object")
+    if eagle.get("use_aux_hidden_state", True) is not True:
+        problem = "expected true: drafters of the last state alone do not train"
+        raise CheckpointError(where, "eagle_config.use_aux_hidden_state", problem)
+    _check_neutral(config, where)
     if not _names_layers(config):
         problem = "missing: the engine reads its default layers; name the policy to check against"
         raise CheckpointError(where, _LAYER_IDS, problem)
+    filled = _filled(config, eagle)
+    if filled["architectures"] is None:
+        problem = f"{config.get('architectures')!r:.120}, expected one of {', '.join(_MODELS)}"
+        raise CheckpointError(where, "architectures", problem)
     try:
-        parsed = Eagle3Config.model_validate(_filled(config, eagle))
+        parsed = Eagle3Config.model_validate(filled)
     except ValidationError as error:
         raise explain(error, where, CheckpointError) from error
     _check_layer_ids(parsed, eagle, where)
-    if eagle.get("use_aux_hidden_state", True) is not True:
-        raise CheckpointError(where, "eagle_config.use_aux_hidden_state", "expected true")
     if parsed.num_attention_heads % parsed.num_key_value_heads:
         problem = f"{parsed.num_key_value_heads}, expected a divisor of the number of heads"
         raise CheckpointError(where, "num_key_value_heads", problem)
@@ -159,10 +196,19 @@ def parse_eagle3(config: dict[str, Any], where: str | Path) -> Eagle3Config:
     return parsed
 
 
+def _check_neutral(config: dict[str, Any], where: str | Path) -> None:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    given = {**config, **rope} if isinstance(rope, dict) else config
+    for key, neutral in _NEUTRAL.items():
+        if given.get(key, neutral) not in (None, neutral):
+            problem = f"{given[key]!r:.40}, expected {neutral}: others do not train"
+            raise CheckpointError(where, key, problem)
+
+
 def _filled(config: dict[str, Any], eagle: dict[str, Any]) -> dict[str, Any]:
     filled = {key: value for key, value in config.items() if value is not None}
     hidden, heads = filled.get("hidden_size"), filled.get("num_attention_heads")
-    ids = filled.get(_LAYER_IDS, eagle.get(_LAYER_IDS))
+    ids = filled.pop(_LAYER_IDS, None) or eagle.get(_LAYER_IDS)
     defaults = {
         _LAYER_IDS: ids,
         "num_aux_hidden_states": len(ids) if isinstance(ids, list) else None,
@@ -175,12 +221,25 @@ def _filled(config: dict[str, Any], eagle: dict[str, Any]) -> dict[str, Any]:
     # The engine reads this one from the inner object first.
     inner = {"norm_before_fc": eagle["norm_before_fc"]} if "norm_before_fc" in eagle else {}
     present = {key: value for key, value in defaults.items() if value is not None}
-    return {**present, **filled, **inner}
+    return {**present, **filled, **inner, "architectures": _model(config)}
+
+
+def _model(config: dict[str, Any]) -> list[str] | None:
+    """Which of the engine's models runs a drafter; None for one that is not known here.
+
+    The engine writes Eagle3 before a name that does not say so
+    (``transformers_utils/configs/eagle.py``).
+    """
+    names = _architectures(config)
+    if len(names) != 1:
+        return None
+    name = names[0] if "Eagle3" in names[0] else f"Eagle3{names[0]}"
+    return [_MODELS[name]] if name in _MODELS else None
 
 
 def _check_layer_ids(config: Eagle3Config, eagle: dict[str, Any], where: str | Path) -> None:
     ids = config.eagle_aux_hidden_state_layer_ids
-    if eagle.get(_LAYER_IDS, ids) != ids:
+    if (eagle.get(_LAYER_IDS) or ids) != ids:
         raise CheckpointError(where, f"eagle_config.{_LAYER_IDS}", f"differs from {ids} above it")
     # Ascending too: the engine sorts them, and would hand the drafter its features in that order.
     if ids != sorted(set(ids)) or len(ids) != config.num_aux_hidden_states or min(ids) < 0:

@@ -21,10 +21,10 @@ from typing import Any
 from drafttrain.checkpoints.causal_format import causal_tensors
 from drafttrain.checkpoints.decoder_format import ExpectedTensors
 from drafttrain.checkpoints.eagle3_format import (
-    ARCHITECTURES_EAGLE3,
     LAYER,
     LAYER_ALIAS,
     eagle3_tensors,
+    is_eagle3,
     parse_eagle3,
     with_layer_ids,
 )
@@ -34,7 +34,6 @@ from drafttrain.checkpoints.speculators_format import as_raw, is_speculators
 from drafttrain.errors import CheckpointError
 
 __all__ = [
-    "ARCHITECTURES_EAGLE3",
     "LAYER",
     "LAYER_ALIAS",
     "ExpectedTensors",
@@ -51,17 +50,14 @@ def kind_of(config: dict[str, Any], where: str | Path = "config.json") -> Kind:
     Raises:
         CheckpointError: none that can be checked and published.
     """
-    if is_speculators(config):
+    if is_speculators(config) or is_eagle3(config):
         return "eagle3"
     architectures = config.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and len(architectures) == 1 else None
-    if name in ARCHITECTURES_EAGLE3:
-        return "eagle3"
     if isinstance(name, str) and name.endswith("ForCausalLM"):
         # The engine takes a family that has MTP heads for one, whatever it is asked to do with it.
         return "mtp" if family_of(config) else "draft_model"
-    known = ", ".join(ARCHITECTURES_EAGLE3)
-    problem = f"{architectures!r:.120}, expected one of {known}, or a causal language model's"
+    problem = f"{architectures!r:.120}, expected an Eagle3 drafter's, or a causal language model's"
     raise CheckpointError(where, "architectures", problem)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drafttrain.checkpoints.eagle3_format import ARCHITECTURES_EAGLE3, QWEN3
+from drafttrain.checkpoints.eagle3_format import LLAMA, QWEN3
 from drafttrain.errors import CheckpointError
 
 _TYPE = "speculators_model_type"
@@ -28,7 +28,7 @@ _OWN: dict[str, Any] = {
     "norm_output": False,
     "eagle_aux_hidden_state_layer_ids": None,
 }
-_ARCHITECTURES = {"llama": ARCHITECTURES_EAGLE3[0], "qwen3": QWEN3}
+_ARCHITECTURES = {"llama": LLAMA, "qwen3": QWEN3}
 
 
 def is_speculators(config: dict[str, Any]) -> bool:
@@ -69,7 +69,8 @@ def as_speculators(
         k: draft tokens ``vllm serve`` then drafts.
     """
     qwen3 = config["architectures"] == [QWEN3]
-    dropped = {*_OWN, "architectures", "eagle_config", "num_aux_hidden_states"}
+    # The number of aux layers stays: the engine finds it there, or takes it for three.
+    dropped = {*_OWN, "architectures", "eagle_config"}
     layer = {key: value for key, value in config.items() if key not in dropped}
     layer["model_type"] = "qwen3" if qwen3 else "llama"
     greedy = {

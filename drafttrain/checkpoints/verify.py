@@ -66,7 +66,7 @@ def verify(folder: str | Path, target: TargetFingerprint | None = None) -> Verif
 
     Args:
         folder: with ``config.json`` and ``model.safetensors``; ``manifest.json`` when from a
-            registry.
+            registry. Made elsewhere, its weights may be divided among several files.
         target: the policy it must fit; without it only what the folder says itself is checked.
 
     Raises:
@@ -85,7 +85,7 @@ def verify(folder: str | Path, target: TargetFingerprint | None = None) -> Verif
         _check_target(folder, config, target, manifest)
     if manifest is not None:
         _check_hash(folder / WEIGHTS, manifest, _size_limit(config))
-    tensors = read_tensors(folder / WEIGHTS)
+    tensors = read_tensors(folder / WEIGHTS) if manifest is not None else _all_tensors(folder)
     _check_tensors(folder / WEIGHTS, config, tensors)
     _check_draft_vocabulary(folder / WEIGHTS, config, tensors)
     if manifest is not None:
@@ -113,6 +113,26 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         CheckpointError: missing, unreadable, or not a whole safetensors file.
     """
     return map_tensors(path, CheckpointError, max_header=_HEADER_LIMIT)[0]
+
+
+def _all_tensors(folder: Path) -> dict[str, Tensor]:
+    """Of a folder made elsewhere: of its one file of the usual name, or of all there are.
+
+    Raises:
+        CheckpointError: there are none, one cannot be read, or two hold the same tensor.
+    """
+    usual = folder / WEIGHTS
+    files = [usual] if usual.exists() else sorted(folder.glob("*.safetensors"))
+    if not files and (pickles := sorted(folder.glob("*.bin"))):
+        problem = f"missing; {pickles[0].name} is a pickle, which is never read: convert it first"
+        raise CheckpointError(usual, "file", problem)
+    tensors: dict[str, Tensor] = {}
+    for file in files or [usual]:
+        found = read_tensors(file)
+        if twice := sorted(tensors.keys() & found.keys()):
+            raise CheckpointError(file, twice[0], "is in another file as well")
+        tensors |= found
+    return tensors
 
 
 def dtype_name(tensor: Tensor) -> str:

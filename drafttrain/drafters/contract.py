@@ -14,6 +14,7 @@ Position arithmetic, shared by all kinds (``tokens`` indexed from 0):
 
 from __future__ import annotations
 
+import functools
 import json
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -160,3 +161,13 @@ def as_written(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tens
         return tensor.detach().to("cpu", tensor.dtype if kept else dtype).contiguous().clone()
 
     return {name: written(name, tensor) for name, tensor in tensors.items()}
+
+
+def exact_dtype(tensors: dict[str, Tensor]) -> torch.dtype:
+    """In which :func:`as_written` keeps every bit of them."""
+    dtypes = {
+        tensor.dtype
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and not name.endswith(_EXACT)
+    }
+    return functools.reduce(torch.promote_types, dtypes)

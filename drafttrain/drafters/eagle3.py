@@ -12,7 +12,7 @@ Architecture and training-time test from EAGLE-3 (arXiv 2503.01840); the forward
 
 Variants, all named in ``config.json``: ``norm_before_residual``, ``norm_before_fc`` (one norm over
 cat(aux)), ``fc_norm`` (a norm for each of aux), ``norm_output`` (the next g), ``attention_bias``, a
-head over a draft vocabulary, and an embedding of its own where its width is not the policy's.
+head over a draft vocabulary, and an embedding of its own, without which its width is the policy's.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 from drafttrain.checkpoints.eagle3_format import (
-    ARCHITECTURES_EAGLE3,
     LAYER,
     LAYER_ALIAS,
+    LLAMA,
     QWEN3,
     as_sglang,
     engine_layer_ids,
@@ -49,6 +49,9 @@ from drafttrain.drafters.eagle3_layer import AttentionPlans, Eagle3Layer, Unroll
 from drafttrain.drafters.kernels import compute_dtype, unit_rms
 from drafttrain.drafters.policy import PolicyShape, read_config, read_policy_head
 from drafttrain.errors import CheckpointError
+
+_HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+_LENGTH, _ORIGINAL = "max_position_embeddings", "original_max_position_embeddings"
 
 
 class Eagle3Variant(Section):
@@ -97,14 +100,19 @@ class Eagle3Drafter(Drafter):
         )
         self.norm = LlamaRMSNorm(hidden, eps=eps)
         self.lm_head = nn.Linear(hidden, config.draft_vocab_size, bias=False)
-        self.embed_tokens = None
+        self.embed_tokens: nn.Embedding | None = None
         if hidden != read:
-            self.embed_tokens = nn.Embedding(config.vocab_size, hidden).requires_grad_(False)
+            self._add_embedding()
         self.rotary = LlamaRotaryEmbedding(config)
         self.d2t: Tensor | None
         reduced = config.draft_vocab_size != config.vocab_size
         offsets = torch.zeros(config.draft_vocab_size, dtype=torch.int64) if reduced else None
         self.register_buffer("d2t", offsets)
+
+    def _add_embedding(self) -> None:
+        """One of its own, in place of the policy's; it is not trained."""
+        shape = self.config.vocab_size, self.config.hidden_size
+        self.embed_tokens = nn.Embedding(*shape).requires_grad_(False)
 
     @property
     def hidden_size(self) -> int:
@@ -229,24 +237,29 @@ class Eagle3Drafter(Drafter):
 
     @classmethod
     def load(cls, folder: Path, policy: PolicyShape) -> Self:
-        """Read a folder of the raw layout or that of ``speculators``."""
+        """Read a folder of the raw layout or that of ``speculators``.
+
+        What it lacks is the policy's, as in the engine, and what it copied from there is left out.
+        """
         verified = verify(folder, TargetFingerprint.from_config(policy.config.to_dict()))
-        # A length copied from elsewhere (2048, say) would end a drafter's use there.
-        longest = "max_position_embeddings"
         try:
-            lengths = verified.config.get(longest, 0), int(policy.config.max_position_embeddings)
-            config = verified.config | {longest: max(lengths)}
+            config = _lengthened(verified.config, policy)
             drafter = cls(_config_class(config["architectures"])(**config))
         except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
             raise CheckpointError(folder / CONFIG, "file", f"cannot be used: {error}") from error
         spare = {"t2d"} | {f"layers.{i}.hidden_norm.weight" for i in range(1, len(drafter.layers))}
-        if drafter.embed_tokens is None:
-            spare.add("embed_tokens.weight")  # a copy of the policy's
         tensors = {
             name.replace(LAYER, LAYER_ALIAS, 1): tensor
             for name, tensor in verified.tensors.items()
             if name not in spare
         }
+        if _HEAD not in tensors:
+            tensors[_HEAD] = _policys_head(folder, policy)
+        if drafter.embed_tokens is None and _EMBEDDING in tensors:
+            if _is_policys(tensors[_EMBEDDING], policy):
+                del tensors[_EMBEDDING]
+            else:
+                drafter._add_embedding()
         drafter.load_state_dict(tensors)
         return drafter
 
@@ -285,6 +298,41 @@ class Eagle3Drafter(Drafter):
         write_drafter(folder, config, tensors, dtype)
 
 
+def _lengthened(config: dict[str, Any], policy: PolicyShape) -> dict[str, Any]:
+    """`config` with the policy's length where its own, copied from elsewhere (2048, say), is less.
+
+    It would end the drafter's use there.
+    """
+    own = config.get(_LENGTH, 0)
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = config.get(key)
+        if own and isinstance(rope, dict) and "yarn" in (rope.get("rope_type"), rope.get("type")):
+            # Where it does not say what it stretches, it is the length it had.
+            config = config | {key: {_ORIGINAL: own} | rope}
+    return config | {_LENGTH: max(own, policy.max_length or 0)}
+
+
+def _policys_head(folder: Path, policy: PolicyShape) -> Tensor:
+    """
+    Raises:
+        CheckpointError: the policy's weights are not at hand.
+    """
+    if policy.folder is None:
+        raise CheckpointError(folder, _HEAD, "missing, and so is the policy's, which it would be")
+    return read_policy_head(policy.folder, policy).lm_head
+
+
+def _is_policys(embedding: Tensor, policy: PolicyShape) -> bool:
+    """Whether it is a copy of the policy's, as far as that is at hand."""
+    if policy.folder is None:
+        return False
+    try:
+        policys = read_policy_head(policy.folder, policy).embed_tokens
+    except CheckpointError:  # nothing but its configuration
+        return False
+    return torch.equal(embedding, policys.to(embedding.dtype))
+
+
 def _config_class(architectures: list[str]) -> type[PretrainedConfig]:
     config_class: type[PretrainedConfig] = Qwen3Config if architectures == [QWEN3] else LlamaConfig
     return config_class
@@ -296,7 +344,7 @@ def _drafter_config(
     """A configuration with the policy's sizes, RoPE and lengths, as vLLM reads it."""
     source = policy.config
     qwen3 = variant.layer == "qwen3"
-    architectures = [QWEN3 if qwen3 else ARCHITECTURES_EAGLE3[0]]
+    architectures = [QWEN3 if qwen3 else LLAMA]
     heads, kv_heads = policy.heads
     if not qwen3 and source.hidden_size % heads:
         # Llama's configuration wants a divisor; a drafter need not have as many as its policy.
@@ -306,7 +354,7 @@ def _drafter_config(
     return _config_class(architectures)(
         architectures=architectures,
         hidden_size=source.hidden_size,
-        intermediate_size=source.intermediate_size,
+        intermediate_size=getattr(source, "intermediate_size", None) or 4 * source.hidden_size,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=policy.head_dim,

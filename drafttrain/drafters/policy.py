@@ -46,9 +46,11 @@ class PolicyShape:
 
     Attributes:
         config: the policy's text configuration, as transformers reads it.
+        folder: where it was read; None when it was not.
     """
 
     config: PretrainedConfig
+    folder: Path | None = None
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> PolicyShape:
@@ -68,7 +70,7 @@ class PolicyShape:
             if "trust_remote_code" in str(error):
                 problem = "needs Python code of the folder's own, which is never run"
             raise CheckpointError(folder, "config.json", problem) from error
-        return cls(config.get_text_config())
+        return cls(config.get_text_config(), Path(folder))
 
     @property
     def hidden_size(self) -> int:
@@ -147,7 +149,9 @@ def read_policy_head(folder: str | Path, policy: PolicyShape) -> PolicyHead:
     expected = (policy.vocab_size, policy.hidden_size)
     trunk = trunk_prefix(folder)
     embed_tokens = _read_tensor(folder, trunk + _EMBEDDING, expected)
-    tied = bool(policy.config.tie_word_embeddings)
+    tied = getattr(policy.config, "tie_word_embeddings", None)
+    if tied is None:  # a multimodal policy says so of the whole, not of its language model
+        tied = not any(name.endswith(_LM_HEAD) for name in weight_files(folder))
     return PolicyHead(
         policy_version=0,
         embed_tokens=embed_tokens,
