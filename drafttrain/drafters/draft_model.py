@@ -305,16 +305,13 @@ def _linears_within(body: nn.Module) -> list[str]:
 
 
 def _experts_within(body: nn.Module) -> list[str]:
-    """Last parts of the names of all stacked experts' weights, [E, .., ..] each.
-
-    Not of experts with biases: peft puts what it adapts behind them, and averaged weights would
-    meet others.
-    """
+    """Last parts of the names of all stacked experts' weights, [E, .., ..] each."""
     found = set()
     for name, module in body.named_modules():
-        weights = dict(module.named_parameters(recurse=False))
-        if name.endswith("experts") and all(weight.dim() == 3 for weight in weights.values()):
-            found |= {f"{name.rpartition('.')[2]}.{weight}" for weight in weights}
+        if name.endswith("experts"):
+            experts = name.rpartition(".")[2]
+            weights = module.named_parameters(recurse=False)
+            found |= {f"{experts}.{name}" for name, weight in weights if weight.dim() == 3}
     return sorted(found)
 
 
