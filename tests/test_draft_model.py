@@ -16,6 +16,7 @@ from transformers import (
     DeepseekV3Config,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
     LlamaForCausalLM,
     OPTConfig,
@@ -247,25 +248,33 @@ def test_a_tied_head_is_not_missing(tmp_path: Path) -> None:
         assert torch.equal(drafter.model.lm_head.weight, whole.model.embed_tokens.weight)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+WITH_EXPERTS = {
+    "qwen3_moe": Qwen3MoeConfig(**SMALL, **EXPERTS),
+    # With biases.
+    "gpt_oss": GptOssConfig(**SMALL, head_dim=8, num_local_experts=4, num_experts_per_tok=2),
+}
+
+
+@pytest.mark.parametrize("family", ["qwen3", *WITH_EXPERTS])
 def test_lora_trains_little_and_exports_everything(
     family: str, policy_folder: Path, tmp_path: Path
 ) -> None:
     projection = "mlp.up_proj.weight"
-    if family == "qwen3_moe":
+    if family in WITH_EXPERTS:
         projection = "mlp.experts.gate_up_proj"
-        write_model(policy_folder, Qwen3MoeConfig(**SMALL, **EXPERTS))
+        write_model(policy_folder, WITH_EXPERTS[family])
     policy = PolicyShape.from_folder(policy_folder)
     drafter = DraftModel.from_policy(policy_folder, policy, layers=2)
     before = drafter.model.model.layers[0].get_parameter(projection).detach().clone()
-    trainer = Trainer(drafter, TrainingConfig(draft_tokens=2, lora_rank=2, learning_rate=1e-2))
+    config = TrainingConfig(draft_tokens=2, lora_rank=2, learning_rate=1e-2, average_decay=0.0)
+    trainer = Trainer(drafter, config)
     trained = sum(p.numel() for p in drafter.parameters() if p.requires_grad)
     assert trained < 0.4 * sum(p.numel() for p in drafter.parameters())
     for seed in range(3):
         trainer.step(making.rollouts(POLICY, 4, seed=seed), LAYOUT, HEADS)
     kept = [weight for weight in drafter.parameters() if weight.shape == before.shape]
     assert any(torch.equal(weight, before) for weight in kept), "what it started from stays"
-    drafter.export(tmp_path / "out")
+    trainer.average.export(tmp_path / "out")  # of the last step alone: the same weights
     loaded = load_drafter(tmp_path / "out", policy)
     assert isinstance(loaded, DraftModel)
     assert not torch.equal(loaded.model.model.layers[0].get_parameter(projection), before)

@@ -443,6 +443,24 @@ def test_more_than_one_head_is_refused(tmp_path: Path) -> None:
         load_drafter(tmp_path, policy)
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "original_max_position_embeddings": 32,
+            "short_factor": [1.0] * 8,
+            "long_factor": [4.0] * 8,
+        },
+    ],
+)
+def test_a_new_head_for_rotations_it_does_not_have_is_refused(rope: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match="rope_parameters"):
+        MTPDrafter.initialise(making.policy_shape(rope_parameters=rope))
+
+
 def test_a_width_that_heads_do_not_divide_is_refused() -> None:
     with pytest.raises(CheckpointError, match="num_attention_heads"):
         MTPDrafter.initialise(making.policy_shape(num_attention_heads=6, num_key_value_heads=2))

@@ -10,10 +10,11 @@ import making
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.optim.swa_utils import AveragedModel
 
 from drafttrain.config import TrainingConfig
 from drafttrain.control.acceptance import estimate_acceptance
-from drafttrain.drafters import DraftModel
+from drafttrain.drafters import KINDS, DraftModel
 from drafttrain.errors import CheckpointError, RolloutError
 from drafttrain.rollouts.record import Rollout
 from drafttrain.training.devices import Devices, whole
@@ -129,6 +130,50 @@ def test_low_rank_additions_that_are_divided_resume_exactly(
     assert take_steps(resumed, 2, first_seed=2) == expected
     for name, tensor in straight.average.state_dict().items():
         assert torch.equal(whole(tensor), whole(resumed.average.state_dict()[name])), name
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "original_max_position_embeddings": 20,
+    "short_factor": [1.0] * 8,
+    "long_factor": [4.0] * 8,
+}
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "draft_model"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_drafter_with_longrope_trains(kind: str, sharded: bool, devices: Devices) -> None:
+    devices.count, devices.sharded = 1, sharded
+    policy = making.policy_shape(rope_parameters=LONGROPE)
+    options = {"layer_ids": making.LAYERS} if kind == "eagle3" else {"layers": 2}
+    trainer = Trainer(KINDS[kind].initialise(policy, **options), CONFIG, devices=devices)
+    rollouts = sorted(making.rollouts(POLICY, 20), key=lambda rollout: rollout.length)
+    for part in (rollouts[-2:], rollouts[:2], rollouts[-2:]):  # beyond the original length, within
+        trainer.step(part, LAYOUT, heads(0))
+
+
+def test_the_average_is_saved_under_the_names_it_always_had(tmp_path: Path) -> None:
+    drafter = making.drafter(POLICY)
+    names = AveragedModel(drafter).state_dict().keys()
+    Trainer(drafter, CONFIG).save(tmp_path)
+    saved = load_file(tmp_path / "trainer.safetensors")
+    assert {name for name in saved if name.startswith("average.")} == {
+        f"average.{n}" for n in names
+    }
+
+
+def test_the_average_is_the_exponential_one_of_each_weight() -> None:
+    trainer = Trainer(making.drafter(POLICY), CONFIG)
+    expected: dict[str, torch.Tensor] = {}
+    for seed in range(3):
+        take_steps(trainer, 1, first_seed=seed)
+        for name, weight in trainer.drafter.state_dict().items():
+            before = expected.get(name, weight.clone())
+            expected[name] = before.lerp(weight, 1 - CONFIG.average_decay)
+    for name, weight in trainer.average.state_dict().items():
+        torch.testing.assert_close(weight, expected[name], msg=name)
+    assert not any(torch.equal(w, trainer.drafter.state_dict()[n]) for n, w in expected.items())
 
 
 def test_rollouts_of_two_policy_versions_use_their_own_heads() -> None:

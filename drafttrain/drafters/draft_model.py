@@ -28,7 +28,13 @@ from drafttrain.checkpoints.manifest import Kind, TargetFingerprint
 from drafttrain.checkpoints.verify import verify
 from drafttrain.drafters.batch import Batch
 from drafttrain.drafters.contract import Drafter
-from drafttrain.drafters.policy import PolicyShape, read_config, read_tensors, weight_files
+from drafttrain.drafters.policy import (
+    PolicyShape,
+    fix_longrope,
+    read_config,
+    read_tensors,
+    weight_files,
+)
 from drafttrain.errors import CheckpointError
 
 # Exporting and loading happen at every publication: bars would fill the sidecar's log.
@@ -158,6 +164,7 @@ def _read_model(folder: Path, policy: PolicyShape) -> PreTrainedModel:
     if shape.vocab_size != policy.vocab_size:
         problem = f"{shape.vocab_size}, but the policy has {policy.vocab_size}"
         raise CheckpointError(where, "vocab_size", problem)
+    fix_longrope(shape.config)
     model_class = type(_skeleton(shape.config, where))
     return _loaded(model_class, folder, folder, shape.config, use_safetensors=True)
 
@@ -252,6 +259,7 @@ def _cut(policy: PolicyShape, layers: list[int], where: str | Path) -> Pretraine
 def _with_layers(policy: PolicyShape, layers: list[int]) -> PretrainedConfig:
     config = copy.deepcopy(policy.config)
     given = config.to_dict()
+    fix_longrope(config)
     config.num_hidden_layers = len(layers)
     for key in _FOR_EACH_LAYER:
         if given.get(key):
@@ -305,16 +313,13 @@ def _linears_within(body: nn.Module) -> list[str]:
 
 
 def _experts_within(body: nn.Module) -> list[str]:
-    """Last parts of the names of all stacked experts' weights, [E, .., ..] each.
-
-    Not of experts with biases: peft puts what it adapts behind them, and averaged weights would
-    meet others.
-    """
+    """Last parts of the names of all stacked experts' weights, [E, .., ..] each."""
     found = set()
     for name, module in body.named_modules():
-        weights = dict(module.named_parameters(recurse=False))
-        if name.endswith("experts") and all(weight.dim() == 3 for weight in weights.values()):
-            found |= {f"{name.rpartition('.')[2]}.{weight}" for weight in weights}
+        if name.endswith("experts"):
+            experts = name.rpartition(".")[2]
+            weights = module.named_parameters(recurse=False)
+            found |= {f"{experts}.{name}" for name, weight in weights if weight.dim() == 3}
     return sorted(found)
 
 

@@ -47,7 +47,7 @@ from drafttrain.drafters.batch import Batch, pad_rows
 from drafttrain.drafters.contract import Drafter, write_drafter
 from drafttrain.drafters.eagle3_layer import AttentionPlans, Eagle3Layer, UnrolledLayer
 from drafttrain.drafters.kernels import compute_dtype, unit_rms
-from drafttrain.drafters.policy import PolicyShape, read_config, read_policy_head
+from drafttrain.drafters.policy import PolicyShape, fix_longrope, read_config, read_policy_head
 from drafttrain.errors import CheckpointError
 
 _HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
@@ -85,6 +85,7 @@ class Eagle3Drafter(Drafter):
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
+        fix_longrope(config)
         self.config = config
         self.layer_ids = tuple(config.eagle_aux_hidden_state_layer_ids)
         hidden, read = config.hidden_size, config.target_hidden_size

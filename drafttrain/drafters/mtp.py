@@ -287,6 +287,10 @@ def _mimo_config(policy: PolicyShape) -> Qwen2Config:
     if source.hidden_size % source.num_attention_heads:
         problem = f"{source.hidden_size}, expected a multiple of num_attention_heads for a new head"
         raise CheckpointError("policy", "hidden_size", problem)
+    rope = getattr(source, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope" or rope.get("partial_rotary_factor", 1) != 1:
+        problem = "longrope or part of a head, which a new head does not turn as its engine has it"
+        raise CheckpointError("policy", "rope_parameters", problem)
     return Qwen2Config(
         architectures=[FAMILIES["mimo"].architecture],
         hidden_size=source.hidden_size,

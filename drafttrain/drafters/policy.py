@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -120,6 +121,31 @@ class PolicyShape:
     def head_dim(self) -> int:
         given = self.config.to_dict().get("head_dim")
         return int(given or self.hidden_size // self.config.num_attention_heads)
+
+
+def fix_longrope(config: PretrainedConfig) -> None:
+    """Have a drafter turn by the same factors wherever it runs, those for its longest context.
+
+    With two sets of them transformers chooses by the longest position of a batch, and vLLM, once
+    for all, by its ``max_model_len``: what is trained would not be what drafts.
+    """
+    if rope := getattr(config, "rope_parameters", None):
+        config.rope_parameters = _with_one_set(rope, config.max_position_embeddings)
+
+
+def _with_one_set(rope: dict[str, Any], longest: int) -> dict[str, Any]:
+    if rope.get("rope_type") != "longrope":
+        nested = {name: of for name, of in rope.items() if isinstance(of, dict)}
+        return rope | {name: _with_one_set(of, longest) for name, of in nested.items()}
+    original = rope["original_max_position_embeddings"]
+    longer = longest / original
+    chosen = "long" if longer > 1 else "short"
+    scale = rope.get(f"{chosen}_mscale")
+    if scale is None:  # vLLM knows no attention_factor: this is what it computes
+        scale = math.sqrt(1 + max(math.log(longer), 0.0) / math.log(original))
+    factors = dict.fromkeys(("short_factor", "long_factor"), rope[f"{chosen}_factor"])
+    scales = {key: scale for key in ("short_mscale", "long_mscale") if key in rope}
+    return rope | factors | scales | {"attention_factor": scale}
 
 
 def load_tokenizer(folder: str | Path) -> Any:

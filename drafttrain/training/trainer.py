@@ -9,19 +9,19 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from drafttrain.config import TrainingConfig
 from drafttrain.drafters.batch import Batch, make_batch, split_by_tokens
 from drafttrain.drafters.contract import Drafter
 from drafttrain.errors import CheckpointError, RolloutError
 from drafttrain.rollouts.record import FeatureLayout, PolicyHead, Rollout
+from drafttrain.training.average import WeightAverage
 from drafttrain.training.devices import Devices, divided_as, whole, whole_copy
 from drafttrain.training.losses import DraftLoss, draft_loss
 
@@ -83,9 +83,7 @@ class Trainer:
         self.step_count = 0
         self.tokens_seen = 0
         self.generator = torch.Generator().manual_seed(config.seed)
-        self._averaged = AveragedModel(
-            self.drafter, multi_avg_fn=get_ema_multi_avg_fn(config.average_decay)
-        )
+        self._averaged = WeightAverage(self.drafter, config.average_decay)
         for placed in (self.drafter, self.average):
             self._devices.place(placed)
         self.optimizer = torch.optim.AdamW(
@@ -101,7 +99,7 @@ class Trainer:
 
     @property
     def average(self) -> Drafter:
-        return cast(Drafter, self._averaged.module)
+        return self._averaged.module
 
     @property
     def whole_drafter(self) -> Drafter:
@@ -187,7 +185,7 @@ class Trainer:
             problem = "gives gradients that are not finite; or the learning rate is too high"
             raise RolloutError("rollouts", f"one of {names} …", problem)
         self.optimizer.step()
-        self._averaged.update_parameters(self.drafter)
+        self._averaged.update(self.drafter)
         return norm
 
     def _backward(

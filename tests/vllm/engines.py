@@ -19,7 +19,9 @@ _ids = itertools.count()
 _kept: list[Any] = []
 
 
-def make_engine(policy: Path, drafter: Path | None, settings: dict[str, Any] | None, **more: Any):
+def make_engine(
+    policy: Path, drafter: Path | None, settings: dict[str, Any] | None, **more: Any
+) -> Any:
     from vllm import LLM
 
     if drafter is not None:

@@ -246,6 +246,21 @@ def test_the_heads_layout_is_read_off_the_first_row(
     torch.testing.assert_close(new.reader.read_head(0).lm_head, reference.lm_head.weight)
 
 
+def test_nothing_is_taken_where_logits_are_more_than_the_head_gives(
+    driver: Driver, reference: Any, tmp_path: Path
+) -> None:
+    bias = torch.arange(VOCAB) / 4
+    driver.runner.model.compute_logits = lambda hidden: reference.lm_head(hidden) + bias
+    (prompt,) = prompts([9], salt=82)
+    driver.step({"d": 9}, new=(request("d", prompt),))
+    driver.step({}, finished={"d"})
+    assert driver.assembler.flush()
+    assert not driver.tap.capturing
+    assert "expected at most 2%" in str(driver.tap.unavailable)
+    assert driver.assembler.counters.uncaptured == 1
+    assert not Rollouts(tmp_path).seen
+
+
 def test_the_stand_in_has_the_methods_of_the_real_one() -> None:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 

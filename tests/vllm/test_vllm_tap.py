@@ -18,8 +18,9 @@ from engines import (
     step_through,
     worker_of,
 )
-from tiny_models import LAYER_IDS, load_policy, make_policy
+from tiny_models import LAYER_IDS, load_policy, make_granite, make_policy
 
+from drafttrain.errors import EngineError
 from drafttrain.rollouts.record import Rollout, prompt_group
 from drafttrain.rollouts.spool import SpoolReader
 
@@ -266,6 +267,18 @@ def test_an_engine_without_speculation_gives_last_states(
         assert rollout.aux_hidden is None
         states = reference(rollout.tokens.long()[None], output_hidden_states=True).hidden_states
         assert_close(rollout.last_hidden[:-1], states[-1][0, :-1])
+
+
+def test_nothing_is_taken_where_logits_are_scaled(tmp_path: Path) -> None:
+    llm = make_engine(make_granite(tmp_path / "policy"), None, {"spool": str(tmp_path / "spool")})
+    generate(llm, prompts([10, 20]), greedy(4))
+    tap = status(llm).tap
+    assert tap.unavailable is not None
+    assert "scale 0.125, expected 1.0" in tap.unavailable
+    assert not tap.capturing
+    assert (tap.written, tap.uncaptured) == (0, 2)
+    with pytest.raises(EngineError, match="scale"):
+        worker_of(llm)._drafttrain.capture(True)
 
 
 def test_half_precision_rows(

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import VOCAB, make_policy
+from tiny_models import VOCAB, make_granite, make_policy
 
+from drafttrain.errors import CheckpointError
 from drafttrain.integrations.vllm.teacher import EngineTeacher
 from drafttrain.rollouts.sources.samples import Facts, SavedRollout
 from drafttrain.training.teacher import TransformersTeacher
@@ -61,6 +62,14 @@ def test_its_features_are_those_of_transformers(policy: Path, layer_ids: tuple[i
                 found.aux_hidden[rows], expected.aux_hidden[rows], rtol=1e-5, atol=1e-5
             )
     engine.close()
+
+
+def test_a_policy_that_scales_its_logits_is_refused(tmp_path: Path) -> None:
+    policy = make_granite(tmp_path)
+    with pytest.raises(CheckpointError, match=r"scale 0\.125"):
+        EngineTeacher(policy, (), longest=20)
+    with pytest.raises(CheckpointError, match="lm_head"):
+        TransformersTeacher(policy, ())
 
 
 def test_pretrain_streams_from_an_engine(policy: Path, tmp_path: Path) -> None:

@@ -69,6 +69,25 @@ def make_policy(folder: Path, seed: int = 0, size: Size = TINY) -> Path:
     return folder
 
 
+def make_granite(folder: Path) -> Path:
+    """A random policy that divides its logits by 8."""
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    torch.manual_seed(0)
+    config = GraniteConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=MAX_LENGTH,
+        logits_scaling=8.0,
+    )
+    GraniteForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
 def load_policy(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 

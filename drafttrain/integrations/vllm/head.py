@@ -14,10 +14,15 @@ from vllm.model_executor.models.interfaces import supports_multimodal
 from drafttrain.errors import EngineError
 from drafttrain.rollouts.record import FeatureLayout, PolicyHead
 
+# How far lm_head times the last hidden state may be from the engine's own logits, relative to them:
+# rollouts carry that product as the policy's distribution.
+_HEAD_TOLERANCE = 0.02
+
 
 @dataclass(frozen=True)
 class PolicyParts:
-    """The policy's live modules, vLLM's own; ``vocab_size`` without its padding rows."""
+    """The policy's live modules, vLLM's own; ``vocab_size`` without its padding rows, and
+    ``changes_logits``: what it does to the logits that its lm_head gives, None for nothing."""
 
     embed_tokens: Any
     lm_head: Any
@@ -25,6 +30,7 @@ class PolicyParts:
     layer_ids: tuple[int, ...]
     hidden_size: int
     vocab_size: int
+    changes_logits: str | None = None
 
 
 def policy_parts(model: Any, model_config: Any) -> PolicyParts:
@@ -49,7 +55,16 @@ def policy_parts(model: Any, model_config: Any) -> PolicyParts:
         layer_ids=tuple(getattr(inner, "aux_hidden_state_layers", ())),
         hidden_size=model_config.get_hidden_size(),
         vocab_size=model_config.get_vocab_size(),
+        changes_logits=_changes_logits(language),
     )
+
+
+def _changes_logits(language: Any) -> str | None:
+    processor = getattr(language, "logits_processor", None)
+    plain = {"scale": 1.0, "soft_cap": None}
+    found = {name: getattr(processor, name, value) for name, value in plain.items()}
+    changed = (name for name in plain if found[name] != plain[name])
+    return next((f"{name} {found[name]}, expected {plain[name]}" for name in changed), None)
 
 
 def head_weight(parts: PolicyParts) -> Tensor:
@@ -84,25 +99,34 @@ def feature_layout(
     """How this engine's rows are laid out.
 
     vLLM does not say whether a model returns its last state before (MiMo) or after the final norm
-    (Llama, Qwen), so it is read off one row: which of the two gives the direction of the logits.
+    (Llama, Qwen), so it is read off one row: which of the two gives the logits.
 
     Args:
         parts: of the policy.
         hidden: [H] the state one row of logits was computed from.
         logits: [V] that row, before any sampling constraint.
         layer_ids: of the aux states the engine returns.
+
+    Raises:
+        EngineError: neither gives them.
     """
-    weight = head_weight(parts)
-    norm = parts.norm
+    weight, norm = head_weight(parts), parts.norm
     normed = F.rms_norm(hidden.float(), hidden.shape, norm.weight.float(), norm.variance_epsilon)
+    after, before = (_distance(weight, state, logits) for state in (hidden, normed))
+    nearest, largest = min(after, before), float(logits.abs().max())
+    if not nearest <= _HEAD_TOLERANCE * largest:
+        raise EngineError(
+            "the policy's logits are not its lm_head times its last hidden state: up to "
+            f"{nearest:.3g} away, expected at most {_HEAD_TOLERANCE:.0%} of {largest:.3g}"
+        )
     return FeatureLayout(
         layer_ids=layer_ids,
         hidden_size=hidden.shape[-1],
-        last_hidden_normed=_alignment(weight, hidden, logits) >= _alignment(weight, normed, logits),
+        last_hidden_normed=after <= before,
         dtype=str(hidden.dtype).removeprefix("torch."),
     )
 
 
-def _alignment(weight: Tensor, hidden: Tensor, logits: Tensor) -> float:
-    product = torch.mv(weight, hidden.to(weight.dtype)).float()
-    return float(F.cosine_similarity(product, logits.float(), dim=0))
+def _distance(weight: Tensor, hidden: Tensor, logits: Tensor) -> float:
+    product = torch.mv(weight, hidden.to(weight.dtype))
+    return float((product.float() - logits.float()).abs().max())

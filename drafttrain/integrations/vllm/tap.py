@@ -16,6 +16,7 @@ asynchronous scheduling that goes with it have not been run.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -41,6 +42,8 @@ from drafttrain.integrations.vllm.steps import (
 from drafttrain.integrations.vllm.versions import Versions
 from drafttrain.rollouts.record import FeatureLayout
 
+logger = logging.getLogger(__name__)
+
 
 def find_parts(worker: Any) -> tuple[PolicyParts | None, str | None]:
     """The policy's parts, or why hidden states cannot be taken from this worker."""
@@ -64,6 +67,10 @@ class Tap:
         assembler: where steps go; None on tensor-parallel ranks other than the first, which only
             take part in gathering the policy's head.
         capturing: whether to take rows from the start.
+
+    Attributes:
+        capturing: whether rows are taken.
+        unavailable: why none can be; acceptance is counted all the same.
     """
 
     def __init__(
@@ -76,6 +83,7 @@ class Tap:
         capturing: bool,
     ) -> None:
         self.capturing = capturing
+        self.unavailable: str | None = None
         self._runner = runner
         self._parts = parts
         self._versions = versions
@@ -85,6 +93,8 @@ class Tap:
         self._head_version: int | None = None
         self._buffers = RowBuffers()
         self._sample_tokens = runner.attach(self.sample_tokens, self.request_ended)
+        if parts.changes_logits is not None:
+            self._give_up(f"the policy's logits processor has {parts.changes_logits}")
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """In place of the runner's method, with its arguments and result."""
@@ -135,9 +145,19 @@ class Tap:
             return
         # Collectives: every tensor-parallel rank comes here at the same step.
         head = clone_head(self._parts, version)
-        if self._layout is None:
-            layer_ids = self._parts.layer_ids if len(computed.states) > 1 else ()
-            self._layout = feature_layout(self._parts, *computed.logits_of(), layer_ids)
+        try:
+            self._layout = self._layout or self._read_layout(computed)
+        except EngineError as error:
+            self._give_up(str(error))
+            return
         self._head_version = version
         if self._assembler is not None:
             self._assembler.put(HeadTaken.of(head, self._layout))
+
+    def _read_layout(self, computed: Computed) -> FeatureLayout:
+        layer_ids = self._parts.layer_ids if len(computed.states) > 1 else ()
+        return feature_layout(self._parts, *computed.logits_of(), layer_ids)
+
+    def _give_up(self, reason: str) -> None:
+        logger.error("drafttrain captures nothing: %s", reason)
+        self.capturing, self.unavailable = False, reason

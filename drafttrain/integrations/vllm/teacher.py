@@ -102,10 +102,10 @@ class EngineTeacher:
 
     def _look(self, folder: Path) -> tuple[FeatureLayout, PolicyHead]:
         """Layout and head, from a first prompt."""
-        status = self._llm.collective_rpc("drafttrain_status")[0]
-        if problem := status.get("error"):
-            raise CheckpointError(folder, "engine", problem)
         self._generate([[0, 1]])
+        status = self._llm.collective_rpc("drafttrain_status")[0]
+        if problem := status.get("error") or status["tap"]["unavailable"]:
+            raise CheckpointError(folder, "engine", f"nothing can be captured: {problem}")
         (path,) = self._reader.segment_paths()
         layout = self._reader.read(path).layout
         path.unlink()

@@ -65,7 +65,7 @@ class EngineSide:
         self._swapper = Swapper(worker, settings, self.versions)
         self._assembler: Assembler | None = None
         self._tap: Tap | None = None
-        parts, self._unavailable = find_parts(worker)
+        parts, self._no_parts = find_parts(worker)
         if parts is not None:
             # Every tensor-parallel rank computes the same states; the first one keeps them.
             if worker.rank % worker.parallel_config.tensor_parallel_size == 0:
@@ -117,13 +117,18 @@ class EngineSide:
         """
         if enabled and self._settings.spool is None:
             raise EngineError("this engine was started without the setting `spool`")
-        if self._tap is None:
+        if self._tap is None or (enabled and self._unavailable is not None):
             raise EngineError(f"nothing can be captured: {self._unavailable}")
         self._tap.capturing = enabled
 
     def flush(self) -> bool:
         """Waits until every finished rollout is in the spool; returns whether all of them are."""
         return self._assembler is None or self._assembler.flush()
+
+    @property
+    def _unavailable(self) -> str | None:
+        """Why nothing can be captured from this policy."""
+        return self._no_parts if self._tap is None else self._tap.unavailable
 
     def _start_assembler(self) -> Assembler:
         settings, writer = self._settings, None
