@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 # Before vLLM is imported, which reads them then.
@@ -58,11 +61,12 @@ class Engine:
     ) -> None:
         from vllm import LLM
 
+        _do_without_torchvision()
         self.spool = spool
         settings = {"spool": str(spool), "engine": "bench"}
         settings |= {"registry": str(registry)} if registry else {}
-        latent = "kv_lora_rank" in json.loads((policy / "config.json").read_text())
-        attention = _LATENT_ATTENTION if latent else _ATTENTION
+        config = json.loads((policy / "config.json").read_text())
+        attention = _LATENT_ATTENTION if "kv_lora_rank" in config else _ATTENTION
         self.llm = LLM(
             str(policy),
             dtype="float32",
@@ -73,6 +77,7 @@ class Engine:
             distributed_executor_backend="uni",
             disable_log_stats=False,
             skip_tokenizer_init=True,
+            language_model_only="vision_config" in config,
             hf_overrides=overrides or {},
             speculative_config={
                 "method": method,
@@ -121,6 +126,19 @@ class Engine:
         """The counters so far."""
         answer = self.llm.collective_rpc("drafttrain_status")[0]
         return EngineStatus.model_validate(answer).acceptance
+
+
+def _do_without_torchvision() -> None:
+    """Qwen3.5's module in vLLM imports a part of it, for pictures, which no prompt here has."""
+    if find_spec("torchvision") is not None:
+        return
+    from vllm.model_executor.models import registry
+
+    part = ModuleType("torchvision.transforms.v2")
+    vars(part)["functional"] = None
+    sys.modules[part.__name__] = part
+    # vLLM would look at a model in a process of its own, which has not got that.
+    registry._run_in_subprocess = lambda function: function()
 
 
 def prompts(count: int, salt: int = 0, vocab: int = 128) -> list[list[int]]:

@@ -19,6 +19,14 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3_5Config,
+    Qwen3_5ForCausalLM,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeForConditionalGeneration,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -63,7 +71,8 @@ class Subject:
         family: of policy, see :func:`make_policy`; the last state of "mimo" reaches the drafter
             unnormed.
         options: of :meth:`Drafter.from_policy`.
-        overrides: keys of the policy's configuration that its engine needs to be told.
+        overrides: keys of the policy's configuration that its engine needs to be told; it looks for
+            some beside `text_config` that are in it.
         source: writes the causal LM that a draft model starts from, next to the policy.
     """
 
@@ -81,6 +90,9 @@ class Subject:
         source = {} if self.source is None else {"source": self.source(policy.parent)}
         return KINDS[self.kind].from_policy(policy, shape, **self.options, **source)
 
+
+# Of their layers those with linear attention need bfloat16 on a CPU; a head's is the other kind.
+_FULL_ATTENTION: dict[str, Any] = {"layer_types": ["full_attention"] * 4}
 
 SUBJECTS = [
     Subject("eagle3", "eagle3", "qwen3", {"layer_ids": (1, 2, 3)}),
@@ -111,6 +123,17 @@ SUBJECTS = [
     Subject("mtp for Qwen3", "mtp", "qwen3", overrides={"num_nextn_predict_layers": 1}),
     Subject("mtp of GLM-4 MoE", "mtp", "glm4_moe"),
     Subject("mtp of Qwen3-Next", "mtp", "qwen3_next"),
+    Subject("mtp of Qwen3.5", "mtp", "qwen3_5"),
+    Subject("mtp of Qwen3.5-MoE", "mtp", "qwen3_5_moe"),
+    Subject(
+        "mtp of Qwen3.5 with a vision tower", "mtp", "qwen3_5_vision", overrides=_FULL_ATTENTION
+    ),
+    Subject(
+        "mtp of Qwen3.5-MoE with a vision tower",
+        "mtp",
+        "qwen3_5_moe_vision",
+        overrides=_FULL_ATTENTION,
+    ),
     Subject("mtp of DeepSeek-V3", "mtp", "deepseek_v3"),
     Subject("draft model of Qwen3", "draft_model", "qwen3", {"layers": [0]}),
     Subject("draft model of Qwen3-MoE", "draft_model", "qwen3_moe", {"layers": [0]}),
@@ -155,11 +178,35 @@ _LATENT: dict[str, Any] = {
     "head_dim": 64,  # as transformers calls the same
     "v_head_dim": 32,
 }
-# Of its layers those with linear attention need bfloat16 on a CPU; a head's is the other kind.
-_QWEN3_NEXT: dict[str, Any] = _EXPERTS | {
+_QWEN_EXPERTS: dict[str, Any] = _EXPERTS | {
     "num_experts": 4,
     "shared_expert_intermediate_size": 32,
-    "layer_types": ["full_attention"] * 4,
+}
+_QWEN3_NEXT: dict[str, Any] = _QWEN_EXPERTS | _FULL_ATTENTION
+_QWEN3_5: dict[str, Any] = _FULL_ATTENTION | {
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+    },
+}
+_QWEN3_5_MOE: dict[str, Any] = _QWEN3_5 | _QWEN_EXPERTS
+# A tower, and tokens for what it sees, which no prompt here has.
+_VISION: dict[str, Any] = {
+    "vision_config": {
+        "depth": 1,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_heads": 2,
+        "out_hidden_size": _SIZES["hidden_size"],
+        "num_position_embeddings": 16,
+    },
+    "image_token_id": VOCAB - 4,
+    "video_token_id": VOCAB - 3,
+    "vision_start_token_id": VOCAB - 2,
+    "vision_end_token_id": VOCAB - 1,
 }
 _FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_SIZES)),
@@ -174,6 +221,14 @@ _FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
         DeepseekV3Config(**_SIZES | _GROUPED_EXPERTS | _LATENT)
     ),
     "qwen3_next": lambda: Qwen3NextForCausalLM(Qwen3NextConfig(**_SIZES | _QWEN3_NEXT)),
+    "qwen3_5": lambda: Qwen3_5ForCausalLM(Qwen3_5TextConfig(**_SIZES | _QWEN3_5)),
+    "qwen3_5_moe": lambda: Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**_SIZES | _QWEN3_5_MOE)),
+    "qwen3_5_vision": lambda: Qwen3_5ForConditionalGeneration(
+        Qwen3_5Config(text_config=_SIZES | _QWEN3_5, **_VISION)
+    ),
+    "qwen3_5_moe_vision": lambda: Qwen3_5MoeForConditionalGeneration(
+        Qwen3_5MoeConfig(text_config=_SIZES | _QWEN3_5_MOE, **_VISION)
+    ),
 }
 # What transformers' classes do not say of the policies that ship an MTP head.
 _ONE_HEAD = {"num_nextn_predict_layers": 1}
@@ -181,6 +236,10 @@ _AS_SHIPPED: dict[str, dict[str, Any]] = {
     "mimo": _ONE_HEAD | {"architectures": ["MiMoForCausalLM"]},
     "glm4_moe": _ONE_HEAD,
     "qwen3_next": _ONE_HEAD,
+    "qwen3_5": {"mtp_num_hidden_layers": 1},
+    "qwen3_5_moe": {"mtp_num_hidden_layers": 1},
+    "qwen3_5_vision": {"mtp_num_hidden_layers": 1},
+    "qwen3_5_moe_vision": {"mtp_num_hidden_layers": 1},
     "deepseek_v3": _ONE_HEAD | {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
 }
 
@@ -190,7 +249,7 @@ def make_policy(folder: Path, family: str, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     _settle(_FAMILIES[family]()).save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    config |= _AS_SHIPPED.get(family, {})
+    config.get("text_config", config).update(_AS_SHIPPED.get(family, {}))
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -203,9 +262,10 @@ def demo_policy(folder: Path) -> Path:
 @torch.no_grad()
 def _settle(model: PreTrainedModel) -> PreTrainedModel:
     """The last token mostly decides the next: what a small drafter can guess."""
-    model.model.norm.weight.uniform_(0.5, 1.5)  # a forgotten norm would show
-    model.model.embed_tokens.weight *= 10
-    for name, parameter in model.model.layers.named_parameters():
+    trunk = getattr(model.model, "language_model", model.model)
+    trunk.norm.weight.uniform_(0.5, 1.5)  # a forgotten norm would show
+    trunk.embed_tokens.weight *= 10
+    for name, parameter in trunk.layers.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")):
             parameter *= 0.06
         elif name.endswith("_proj.bias"):

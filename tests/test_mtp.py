@@ -464,3 +464,28 @@ def test_a_new_head_for_rotations_it_does_not_have_is_refused(rope: dict[str, An
 def test_a_width_that_heads_do_not_divide_is_refused() -> None:
     with pytest.raises(CheckpointError, match="num_attention_heads"):
         MTPDrafter.initialise(making.policy_shape(num_attention_heads=6, num_key_value_heads=2))
+
+
+@pytest.mark.parametrize("reads_text_alone", [True, False])
+def test_positions_have_one_row_where_the_policys_have(
+    reads_text_alone: bool, tmp_path: Path
+) -> None:
+    shipped, trained = (random_head(policy_of("qwen3_5"), seed) for seed in (0, 5))
+    folder = write_multimodal(tmp_path / "policy", shipped)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["rope_parameters"] |= {
+        "mrope_section": [11, 11, 10],
+        "mrope_interleaved": True,
+    }
+    if reads_text_alone:
+        config = config["text_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+    taken = MTPDrafter.from_policy(folder, PolicyShape.from_folder(folder))
+    taken.export(tmp_path / "head")
+    trained.stitch(folder, tmp_path / "out")
+    for made in ("head", "out"):
+        found = json.loads((tmp_path / made / "config.json").read_text())
+        rope = found.get("text_config", found)["rope_parameters"]
+        assert ("mrope_section" in rope) != reads_text_alone
+        assert rope["partial_rotary_factor"] == 0.25

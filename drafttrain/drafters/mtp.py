@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import importlib
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -36,7 +37,13 @@ from drafttrain.drafters.batch import Batch
 from drafttrain.drafters.contract import Drafter, write_drafter
 from drafttrain.drafters.experts import fuse_experts, split_experts
 from drafttrain.drafters.kernels import compute_dtype
-from drafttrain.drafters.policy import PolicyShape, read_tensors, trunk_prefix, weight_files
+from drafttrain.drafters.policy import (
+    PolicyShape,
+    read_config,
+    read_tensors,
+    trunk_prefix,
+    weight_files,
+)
 from drafttrain.drafters.rounds import RoundsAttention, use_rounds
 from drafttrain.drafters.stitch import stitch_tensors
 from drafttrain.errors import CheckpointError, RolloutError
@@ -59,6 +66,9 @@ _POLICYS_OWN = ("embed_tokens.weight", "shared_head.head.weight")
 _TRUNK = "model."
 
 _STACKED = "experts.gate_up_proj"
+
+# What splits positions into those of time, height and width.
+_SECTIONS = ("mrope_section", "mrope_interleaved")
 
 
 class MTPDrafter(Drafter):
@@ -155,6 +165,7 @@ class MTPDrafter(Drafter):
     @classmethod
     def from_policy(cls, folder: Path, policy: PolicyShape, **_: Any) -> Self:
         """The policy's own head where its checkpoint has one, otherwise a new one."""
+        policy = _without_sections(folder, policy)
         name = family_of(policy.config.to_dict())
         names = _place(folder, FAMILIES[name], policy)[1] if name else {}
         if name is None or not names:
@@ -197,7 +208,10 @@ class MTPDrafter(Drafter):
         if others := shipped.values() - head.keys():
             problem = "is of the policy's own head, and this one has nothing to put in its place"
             raise CheckpointError(policy, min(others), problem)
-        stitch_tensors(policy, head, {self.family.count_key: 1}, out)
+        settings: dict[str, Any] = {self.family.count_key: 1}
+        if (plain := _without_sections(policy, shape)) is not shape:
+            settings["rope_parameters"] = plain.config.rope_parameters
+        stitch_tensors(policy, head, settings, out)
 
     def head_tensors(self) -> dict[str, Tensor]:
         """The head as its family's checkpoints name it."""
@@ -273,6 +287,20 @@ def _one_layer(config: PretrainedConfig) -> PretrainedConfig:
     one._experts_implementation = "eager"
     use_rounds(one)
     return one
+
+
+def _without_sections(folder: Path, policy: PolicyShape) -> PolicyShape:
+    """A policy of text alone without what splits its positions; another as it is.
+
+    vLLM drops that from such a policy itself, but reads it in the drafter's configuration: the head
+    would get three rows of positions for a rotation that takes one.
+    """
+    rope = getattr(policy.config, "rope_parameters", None) or {}
+    if "text_config" in read_config(folder) or not any(key in rope for key in _SECTIONS):
+        return policy
+    config = copy.deepcopy(policy.config)
+    config.rope_parameters = {key: rope[key] for key in rope if key not in _SECTIONS}
+    return replace(policy, config=config)
 
 
 def _with_one_head(config: PretrainedConfig, family: str) -> PretrainedConfig:

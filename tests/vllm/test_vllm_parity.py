@@ -49,7 +49,13 @@ def test_the_engine_drafts_what_our_forward_drafts(
 
 @pytest.mark.parametrize(
     "name",
-    ["mtp of GLM-4 MoE", "mtp of Qwen3-Next", "mtp of DeepSeek-V3", "draft model of Qwen3-MoE"],
+    [
+        "mtp of GLM-4 MoE",
+        "mtp of Qwen3-Next",
+        "mtp of Qwen3.5-MoE with a vision tower",
+        "mtp of DeepSeek-V3",
+        "draft model of Qwen3-MoE",
+    ],
 )
 def test_drafters_with_experts_draft_so_wherever_they_come_from(name: str, tmp_path: Path) -> None:
     """A folder, a swap, and for a head the policy that it is stitched into."""
@@ -63,7 +69,8 @@ def parity_by_origin(name: str, folder: Path) -> list[DraftParity]:
     if isinstance(bench.drafter, MTPDrafter):
         policy = folder / "stitched"
         bench.drafter.stitch(bench.policy, policy)
-        engines.append(Engine(policy, policy, method="mtp", k=3, spool=folder / "spool"))
+        overrides, spool = bench.subject.overrides, folder / "spool"
+        engines.append(Engine(policy, policy, method="mtp", k=3, spool=spool, overrides=overrides))
     return [bench.parity(3, 16, engine) for engine in engines]
 
 
