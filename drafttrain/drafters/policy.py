@@ -35,6 +35,7 @@ _NORM_ADDS_ONE = frozenset(
 _NOT_THE_TRUNKS = re.compile(r"layers|mtp|visual|vision|audio")
 
 _PARTIAL_ROPE = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")
+_ORIGINAL = "original_max_position_embeddings"
 _PLAIN_ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
 
 # Policies whose configuration class is remote code, and the one it differs from in name only.
@@ -127,25 +128,27 @@ def fix_longrope(config: PretrainedConfig) -> None:
     """Have a drafter turn by the same factors wherever it runs, those for its longest context.
 
     With two sets of them transformers chooses by the longest position of a batch, and vLLM, once
-    for all, by its ``max_model_len``: what is trained would not be what drafts.
+    for all, by its ``max_model_len``, which for a draft model ends at the original length: what is
+    trained would not be what drafts.
     """
     if rope := getattr(config, "rope_parameters", None):
         config.rope_parameters = _with_one_set(rope, config.max_position_embeddings)
+        if rope.get("rope_type") == "longrope" and hasattr(config, _ORIGINAL):
+            setattr(config, _ORIGINAL, config.max_position_embeddings)
 
 
 def _with_one_set(rope: dict[str, Any], longest: int) -> dict[str, Any]:
     if rope.get("rope_type") != "longrope":
         nested = {name: of for name, of in rope.items() if isinstance(of, dict)}
         return rope | {name: _with_one_set(of, longest) for name, of in nested.items()}
-    original = rope["original_max_position_embeddings"]
-    longer = longest / original
+    longer = longest / rope[_ORIGINAL]
     chosen = "long" if longer > 1 else "short"
     scale = rope.get(f"{chosen}_mscale")
     if scale is None:  # vLLM knows no attention_factor: this is what it computes
-        scale = math.sqrt(1 + max(math.log(longer), 0.0) / math.log(original))
+        scale = math.sqrt(1 + max(math.log(longer), 0.0) / math.log(rope[_ORIGINAL]))
     factors = dict.fromkeys(("short_factor", "long_factor"), rope[f"{chosen}_factor"])
-    scales = {key: scale for key in ("short_mscale", "long_mscale") if key in rope}
-    return rope | factors | scales | {"attention_factor": scale}
+    scales = dict.fromkeys(("short_mscale", "long_mscale", "attention_factor"), scale)
+    return rope | factors | scales | {_ORIGINAL: longest}
 
 
 def load_tokenizer(folder: str | Path) -> Any:

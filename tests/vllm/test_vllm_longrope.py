@@ -83,10 +83,17 @@ def test_it_turns_as_in_the_engine(
 ) -> None:
     policy = policy_shape(**scales)
     KINDS[kind].initialise(policy).export(tmp_path)
+    load_drafter(tmp_path, policy).export(tmp_path)  # which changes nothing more
     drafter = load_drafter(tmp_path, policy)
     config = json.loads((tmp_path / "config.json").read_text())
-    for count in (ORIGINAL // 2, max_model_len):
+    # What vLLM computes for the policy beyond its original length.
+    given = policy.config.to_dict()
+    policys = engines_rotation(given, torch.arange(LONGEST), LONGEST, monkeypatch)
+    for count in (ORIGINAL // 2, LONGEST):
         positions = torch.arange(count)
         expected = engines_rotation(config, positions, max_model_len, monkeypatch)
         torch.testing.assert_close(rotation(drafter, positions), expected)
+        torch.testing.assert_close(expected, policys[:count])
+    # What vLLM takes for the longest context of a draft model that is not told one.
+    assert config.get("original_max_position_embeddings", LONGEST) == LONGEST
     assert config["rope_parameters"]["short_factor"] == policy.rope_parameters["long_factor"]
