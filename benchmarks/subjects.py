@@ -37,7 +37,7 @@ from transformers import (
 
 from drafttrain.checkpoints.manifest import Kind
 from drafttrain.demo.policy import Recipe, train_policy
-from drafttrain.drafters import KINDS, Drafter, PolicyShape
+from drafttrain.drafters import KINDS, Drafter, Eagle3Drafter, PolicyShape
 
 VOCAB = 128
 MAX_LENGTH = 256
@@ -74,6 +74,7 @@ class Subject:
         overrides: keys of the policy's configuration that its engine needs to be told; it looks for
             some beside `text_config` that are in it.
         source: writes the causal LM that a draft model starts from, next to the policy.
+        config: keys of the drafter's configuration that no option chooses.
     """
 
     name: str
@@ -82,13 +83,24 @@ class Subject:
     options: dict[str, Any] = field(default_factory=dict)
     overrides: dict[str, Any] = field(default_factory=dict)
     source: Callable[[Path], Path] | None = None
+    config: dict[str, Any] = field(default_factory=dict)
 
     def drafter(self, policy: Path) -> Drafter:
         """A new one, the same every time."""
         torch.manual_seed(0)
         shape = PolicyShape.from_folder(policy)
         source = {} if self.source is None else {"source": self.source(policy.parent)}
-        return KINDS[self.kind].from_policy(policy, shape, **self.options, **source)
+        drafter = KINDS[self.kind].from_policy(policy, shape, **self.options, **source)
+        return _configured(drafter, self.config) if self.config else drafter
+
+
+def _configured(drafter: Drafter, changes: dict[str, Any]) -> Drafter:
+    """The same weights under another configuration."""
+    assert isinstance(drafter, Eagle3Drafter)
+    drafter.config.update(changes)
+    configured = Eagle3Drafter(drafter.config)
+    configured.load_state_dict(drafter.state_dict())
+    return configured
 
 
 # Of their layers those with linear attention need bfloat16 on a CPU; a head's is the other kind.
@@ -118,6 +130,13 @@ SUBJECTS = [
         "eagle3",
         "qwen3",
         {"layer_ids": (1, 4), "norm_before_fc": True, "attention_bias": True},
+    ),
+    Subject(
+        "eagle3, sliding window",
+        "eagle3",
+        "qwen3",
+        {"layer_ids": (1, 2, 3)},
+        config={"layer_types": ["sliding_attention"], "sliding_window": 8},
     ),
     Subject("mtp of MiMo", "mtp", "mimo"),
     Subject("mtp for Qwen3", "mtp", "qwen3", overrides={"num_nextn_predict_layers": 1}),

@@ -17,13 +17,17 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from drafttrain.checkpoints.formats import LAYER, LAYER_ALIAS, expected_tensors
+from drafttrain.checkpoints.eagle3_format import FULL, SLIDING
+from drafttrain.checkpoints.formats import LAYER, LAYER_ALIAS, expected_tensors, with_defaults
 from drafttrain.checkpoints.manifest import TargetFingerprint
 from drafttrain.checkpoints.verify import verify
 from drafttrain.errors import CheckpointError
 
 REDUCED = {**CONFIG, "draft_vocab_size": 6}
 QWEN3 = {**CONFIG, "architectures": ["Eagle3Qwen3ForCausalLM"]}
+USED = {"architectures": ["Eagle3Qwen3ForCausalLM"], "use_sliding_window": True} | {
+    "sliding_window": 4
+}
 Q_PROJ = LAYER + "self_attn.q_proj.weight"
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 NOT_THE_SAME_INNER_IDS = {"eagle_config": {LAYER_IDS: [0, 1, 2]}}
@@ -100,6 +104,9 @@ def test_eagle3_tensors_are_those_of_the_engine() -> None:
         ({"num_attention_heads": 3, "num_key_value_heads": 2}, "num_key_value_heads"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"layer_types": [SLIDING, SLIDING], "sliding_window": 4}, "layer_types"),
+        ({"layer_types": [SLIDING]}, "sliding_window"),
+        ({"layer_types": [SLIDING], "sliding_window": 0}, "sliding_window"),
         (NOT_THE_SAME_INNER_IDS, f"eagle_config.{LAYER_IDS}"),
     ],
 )
@@ -108,6 +115,25 @@ def test_a_wrong_config_is_refused_by_key(
 ) -> None:
     write_drafter(tmp_path, {**CONFIG, **changes}, make_tensors(CONFIG))
     refuses(tmp_path, "config.json", field)
+
+
+@pytest.mark.parametrize(
+    ("changes", "window"),
+    [
+        ({"sliding_window": 4}, None),
+        ({"layer_types": [SLIDING], "sliding_window": 4}, 4),
+        ({"layer_types": [FULL], "sliding_window": 4}, None),
+        (USED | {"layer_types": [SLIDING]}, 4),
+        (USED | {"layer_types": [SLIDING], "use_sliding_window": False}, None),
+        (USED | {"max_window_layers": 0}, 4),
+        (USED, None),
+    ],
+)
+def test_a_window_is_where_the_engine_finds_it(changes: dict[str, Any], window: int | None) -> None:
+    config = with_defaults({**CONFIG, **changes})
+    assert config["sliding_window"] == window
+    assert config["layer_types"] == [FULL if window is None else SLIDING]
+    assert with_defaults(config) == config
 
 
 def test_aux_layers_that_are_not_named_are_the_engines_default(tmp_path: Path) -> None:

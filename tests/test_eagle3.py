@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +127,10 @@ def through(drafter: Eagle3Drafter, layer: Eagle3Layer, hidden: Tensor, embeds: 
     cos, sin = drafter.rotary(x, torch.arange(len(x))[None])
     query, key = norm(attended_by.q_norm, query), norm(attended_by.k_norm, key)
     query, key = apply_rotary_pos_emb(query[None], key[None], cos, sin)
-    attended = F.scaled_dot_product_attention(
-        query, key, value[None], is_causal=True, enable_gqa=True
-    )
+    positions = torch.arange(len(x))
+    distance = positions[:, None] - positions
+    seen = (distance >= 0) & (distance < (layer.window or len(x)))
+    attended = F.scaled_dot_product_attention(query, key, value[None], seen, enable_gqa=True)
     residual = normed if first and layer.norm_before_residual else hidden
     residual = residual + attended_by.o_proj(attended[0].transpose(0, 1).flatten(1))
     return residual + layer.mlp(norm(layer.post_attention_layernorm, residual))
@@ -156,7 +158,10 @@ def test_unroll_equals_drafting_token_by_token(
 ) -> None:
     monkeypatch.setattr(attention_plan, "square_at_once", lambda dtype: square_at_once)
     policy = making.policy_shape()
-    drafter = tiny_drafter(policy, **variant)
+    assert_drafts_token_by_token(tiny_drafter(policy, **variant), policy)
+
+
+def assert_drafts_token_by_token(drafter: Eagle3Drafter, policy: PolicyShape) -> None:
     batch = tiny_batch(policy, lengths=[14, 13, 9], prompts=[2, 4, 1])
     embed = torch.randn(policy.vocab_size, policy.hidden_size, dtype=torch.float64)
     unrolled = drafter.unroll(batch, embed, DEPTHS)
@@ -167,6 +172,50 @@ def test_unroll_equals_drafting_token_by_token(
             assert alone.aux_hidden is not None
             expected = draft_one_round(drafter, alone.tokens, alone.aux_hidden, embed, slot, DEPTHS)
             torch.testing.assert_close(unrolled[:, round_], expected)
+
+
+@pytest.mark.parametrize("windows", [(5, None), (None, 4), (1, 2), (3, 3)], ids=str)
+@pytest.mark.parametrize("square_at_once", [16, 64, 1 << 20])
+def test_a_window_moves_on_with_the_drafts(
+    windows: tuple[int | None, ...], square_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_plan, "square_at_once", lambda dtype: square_at_once)
+    policy = making.policy_shape()
+    drafter = windowed(tiny_drafter(policy, num_hidden_layers=len(windows)), windows)
+    assert_drafts_token_by_token(drafter, policy)
+
+
+def windowed(drafter: Eagle3Drafter, windows: Sequence[int | None]) -> Eagle3Drafter:
+    for layer, window in zip(drafter.layers, windows, strict=True):
+        layer.window = window
+    return drafter
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.integers(1, 6), min_size=1, max_size=2),
+    st.integers(0, 9),
+    st.none() | st.integers(10, 15),
+)
+def test_what_lies_before_the_window_has_no_influence(
+    windows: list[int], last: int, missing: int | None
+) -> None:
+    """All up to the slot `last` is changed; a round sees one window further back by every layer."""
+    policy = making.policy_shape()
+    drafter = windowed(tiny_drafter(policy, num_hidden_layers=len(windows)), windows)
+    embed = torch.randn(policy.vocab_size, policy.hidden_size, dtype=torch.float64)
+    batch = tiny_batch(policy, [24], [1])
+    if missing is not None:
+        batch.captured[missing] = False
+    before = drafter.unroll(batch, embed, DEPTHS)
+    assert batch.aux_hidden is not None
+    batch.aux_hidden[: last + 1] += 1.0
+    batch.tokens[: last + 2] = 0
+    after = drafter.unroll(batch, embed, DEPTHS)
+    unseen = batch.positions[batch.rounds] > last + sum(window - 1 for window in windows)
+    assert torch.equal(after[:, unseen], before[:, unseen])
+    if missing is None:
+        assert not (after == before)[:, ~unseen].all(-1).any()
 
 
 @settings(max_examples=25, deadline=None)

@@ -57,67 +57,94 @@ def test_take_rows() -> None:
 
 
 def plain_attention(
-    batch: Batch, query: Tensor, keys: list[Tensor], values: list[Tensor]
+    batch: Batch,
+    query: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    window: int | None = None,
 ) -> Tensor:
     """All keys of all depths in one row of scores, masked."""
-    slots, rounds = batch.slots, batch.rounds
+    slots, rounds, depth = batch.slots, batch.rounds, len(keys) - 1
+    window = len(batch.tokens) + len(keys) if window is None else window
     same = batch.rollout_of[rounds][:, None] == batch.rollout_of[slots]
-    visible = same & (slots <= rounds[:, None])
+    visible = same & (slots <= rounds[:, None]) & (rounds[:, None] + depth - slots < window)
     own = torch.eye(len(rounds), dtype=torch.bool)
-    mask = torch.cat([visible, *[own] * (len(keys) - 1)], 1)
+    mask = torch.cat([visible, *(own & (depth - d < window) for d in range(1, depth + 1))], 1)
     key, value = torch.cat(keys).transpose(0, 1), torch.cat(values).transpose(0, 1)
     return F.scaled_dot_product_attention(query.transpose(0, 1), key, value, mask).transpose(0, 1)
 
 
-def attended(query: Tensor, keys: list[Tensor], values: list[Tensor], batch: Batch) -> Tensor:
+def attended(
+    query: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    batch: Batch,
+    window: int | None = None,
+) -> Tensor:
     kept, plan = KeysValues(), AttentionPlan(batch, query.dtype)
     for key, value in zip(keys, values, strict=True):
         kept.add(key, value, plan)
-    return attend(query, kept, plan)
+    return attend(query, kept, plan, window)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 9), st.integers(0, 12)), min_size=1, max_size=7),
     st.integers(1, 3),
     st.sampled_from([30, 200, 1 << 17]),
+    st.sampled_from([None, 1, 2, 3, 7]),
+    st.sets(st.integers(0, 60), max_size=4),
 )
-def test_attend(sizes: list[tuple[int, int]], depths: int, square_at_once: int) -> None:
+def test_attend(
+    sizes: list[tuple[int, int]],
+    depths: int,
+    square_at_once: int,
+    window: int | None,
+    missing: set[int],
+) -> None:
     prompts, lengths = [p for p, _ in sizes], [p + completion for p, completion in sizes]
     batch = making.bare_batch(prompts, lengths)
+    batch.captured[[index for index in missing if index < len(batch.captured)]] = False
     slots, rounds = len(batch.slots), len(batch.rounds)
     query = normal(rounds, 2, 8)
     keys = [normal(slots if d == 0 else rounds, 2, 8, seed=10 + d) for d in range(depths)]
     values = [normal(slots if d == 0 else rounds, 2, 8, seed=20 + d) for d in range(depths)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_plan, "square_at_once", lambda dtype: square_at_once)
-        got = attended(query, keys, values, batch)
-        assert_same(got, plain_attention(batch, query, keys, values), query, *keys, *values)
+        got = attended(query, keys, values, batch, window)
+        expected = plain_attention(batch, query, keys, values, window)
+        assert_same(got, expected, query, *keys, *values)
 
 
 @pytest.mark.parametrize("ahead", [0.0, 3.0, 40.0, 900.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("square_at_once", [1 << 9, 1 << 19])  # of some queries, and of all
+@pytest.mark.parametrize("window", [None, 9])
 def test_attention_to_scores_far_above_a_rounds_own(
-    dtype: torch.dtype, ahead: float, square_at_once: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype,
+    ahead: float,
+    square_at_once: int,
+    window: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What some slots' keys score more than a round's own, `ahead`, neither overflows nor is
-    rounded away, and is not seen before its slot."""
+    rounded away, and is not seen before its slot or beyond its window."""
     monkeypatch.setattr(attention_plan, "square_at_once", lambda dtype: square_at_once)
     batch = making.bare_batch([1], [40])
     query, key, value = (normal(len(batch.slots), 2, 32, seed=seed).detach() for seed in range(3))
     query[..., 0], key[..., 0] = 1.0, 0.0
     key[[0, 7, 30], :, 0] = ahead * 32**0.5
     exact = [tensor.to(dtype).double() for tensor in (query, key, value)]
-    expected = plain_attention(batch, exact[0], exact[1:2], exact[2:])
-    got = attended(query.to(dtype), [key.to(dtype)], [value.to(dtype)], batch).double()
+    expected = plain_attention(batch, exact[0], exact[1:2], exact[2:], window)
+    got = attended(query.to(dtype), [key.to(dtype)], [value.to(dtype)], batch, window).double()
     allowed = {torch.bfloat16: 0.01, torch.float32: 1e-4, torch.float64: 1e-9}[dtype]
     assert (got - expected).norm() < allowed * expected.norm()
 
 
 @pytest.mark.parametrize("square_at_once", [1 << 15, 1 << 19])  # of some queries, and of all
+@pytest.mark.parametrize("window", [None, 60])
 def test_gradients_of_attention_in_bfloat16(
-    square_at_once: int, monkeypatch: pytest.MonkeyPatch
+    square_at_once: int, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scores that lie far from zero together, as those of trained heads do.
 
@@ -133,8 +160,9 @@ def test_gradients_of_attention_in_bfloat16(
 
     def gradients(inputs: list[Tensor]) -> tuple[Tensor, ...]:
         query, key, value, direction = inputs
-        out = attended(query, [key], [value], batch)
+        out = attended(query, [key], [value], batch, window)
         return torch.autograd.grad(out, (query, key, value), direction)
 
+    # In float64 by the same code, which `test_attend` compares with plain attention.
     for got, expected in zip(gradients(rounded), gradients(exact), strict=True):
         assert (got.double() - expected).norm() < 0.03 * expected.norm()

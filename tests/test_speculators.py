@@ -136,22 +136,7 @@ def test_one_that_speculators_made_drafts_the_same_here(
     policy_folder: Path, tmp_path: Path
 ) -> None:
     policy = PolicyShape.from_folder(policy_folder)
-    t2d = torch.zeros(policy.vocab_size, dtype=torch.bool)
-    t2d[DRAFT_IDS] = True
-    torch.manual_seed(0)
-    layer_config = copy.deepcopy(policy.config)
-    layer_config.num_hidden_layers, layer_config.layer_types = 1, ["full_attention"]
-    model = Eagle3DraftModel.from_training_args(
-        layer_config,
-        t2d=t2d,
-        d2t=DRAFT_IDS - torch.arange(len(DRAFT_IDS)),
-        draft_vocab_size=len(DRAFT_IDS),
-        norm_before_residual=True,
-        target_layer_ids=list(making.LAYERS),
-        verifier_name_or_path=str(policy_folder),
-        ttt_steps=DEPTHS,
-        draft_attn_impl="eager",
-    )
+    model = new_speculator(policy, policy_folder)
     train_one_step(model, policy)
     model.save_pretrained(tmp_path)
     verified = verify(tmp_path, TargetFingerprint.from_folder(policy_folder))
@@ -165,6 +150,47 @@ def test_one_that_speculators_made_drafts_the_same_here(
         torch.testing.assert_close(
             ours[depth, whole], theirs[0, batch.rounds[whole]], rtol=1e-4, atol=1e-4
         )
+
+
+def test_its_window_is_kept_by_every_layout(policy_folder: Path, tmp_path: Path) -> None:
+    policy = PolicyShape.from_folder(policy_folder)
+    sliding = {"layer_types": ["sliding_attention"], "sliding_window": 4}
+    model = new_speculator(policy, policy_folder, use_sliding_window=True, **sliding)
+    model.save_pretrained(tmp_path / "made")
+    drafter = load_drafter(tmp_path / "made", policy)
+    drafter.export(tmp_path / "raw")
+    again = load_drafter(tmp_path / "raw", policy)
+    again.export_speculators(tmp_path / "speculators", policy_folder, k=2)
+    batch, _ = one_rollout(policy)
+    # At the first depth alone: in its training a window stays where the round began.
+    theirs = speculators_logits(model, batch)[0][0, batch.rounds]
+    for name in ("made", "raw", "speculators"):
+        drafter = load_drafter(tmp_path / name, policy)
+        ours = logits_of(drafter, batch, model.embed_tokens.weight)[0]
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    config = open_speculators(tmp_path / "speculators").config.transformer_layer_config
+    assert {key: getattr(config, key) for key in sliding} == sliding
+
+
+def new_speculator(policy: PolicyShape, folder: Path, **layer: Any) -> Eagle3DraftModel:
+    """Of one layer with a draft vocabulary; `layer` are keys of the layer's configuration."""
+    t2d = torch.zeros(policy.vocab_size, dtype=torch.bool)
+    t2d[DRAFT_IDS] = True
+    torch.manual_seed(0)
+    layer_config = copy.deepcopy(policy.config)
+    layer_config.num_hidden_layers, layer_config.layer_types = 1, ["full_attention"]
+    layer_config.update(layer)
+    return Eagle3DraftModel.from_training_args(
+        layer_config,
+        t2d=t2d,
+        d2t=DRAFT_IDS - torch.arange(len(DRAFT_IDS)),
+        draft_vocab_size=len(DRAFT_IDS),
+        norm_before_residual=True,
+        target_layer_ids=list(making.LAYERS),
+        verifier_name_or_path=str(folder),
+        ttt_steps=DEPTHS,
+        draft_attn_impl="eager",
+    )
 
 
 def train_one_step(model: Eagle3DraftModel, policy: PolicyShape) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from drafttrain.checkpoints.decoder_format import ExpectedTensors, Shapes
 from drafttrain.checkpoints.manifest import Size
@@ -27,6 +27,9 @@ _MODELS = {
 # The decoder layer has two names in the wild; shapes are listed under the first.
 LAYER = "midlayer."
 LAYER_ALIAS = "layers.0."
+
+# What a layer attends to: all before it, or a window of it.
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 _LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 
@@ -66,6 +69,10 @@ class Eagle3Config(BaseModel):
     attention_bias: bool = False
     mlp_bias: Literal[False] = False
     hidden_act: Literal["silu"] = "silu"
+    layer_types: list[str] | None = None
+    sliding_window: int | None = None
+    use_sliding_window: bool = False
+    max_window_layers: int = Field(28, exclude=True)
 
 
 def is_eagle3(config: dict[str, Any]) -> bool:
@@ -193,7 +200,31 @@ def parse_eagle3(config: dict[str, Any], where: str | Path) -> Eagle3Config:
     if parsed.draft_vocab_size > parsed.vocab_size:
         problem = f"{parsed.draft_vocab_size}, expected at most vocab_size {parsed.vocab_size}"
         raise CheckpointError(where, "draft_vocab_size", problem)
-    return parsed
+    return _with_windows(parsed, where)
+
+
+def _with_windows(parsed: Eagle3Config, where: str | Path) -> Eagle3Config:
+    """With a type for every layer, and a window where one has it, as the engine takes the keys."""
+    layers, window = parsed.num_hidden_layers, parsed.sliding_window
+    qwen3 = parsed.architectures == [QWEN3]
+    used = parsed.use_sliding_window or not qwen3
+    types = parsed.layer_types
+    if types is None:
+        full = parsed.max_window_layers if qwen3 and used else layers
+        types = [FULL if index < full else SLIDING for index in range(layers)]
+    if len(types) != layers:
+        problem = f"{len(types)} of them, expected one for each of {layers} layers"
+        raise CheckpointError(where, "layer_types", problem)
+    sliding = used and SLIDING in types
+    if sliding and (window is None or window < 1):
+        problem = f"{window}, expected a length: layer_types has {SLIDING!r}"
+        raise CheckpointError(where, "sliding_window", problem)
+    windows = {
+        "layer_types": [SLIDING if sliding and kind == SLIDING else FULL for kind in types],
+        "sliding_window": window if sliding else None,
+        "use_sliding_window": sliding,
+    }
+    return parsed.model_copy(update=windows)
 
 
 def _check_neutral(config: dict[str, Any], where: str | Path) -> None:

@@ -54,6 +54,8 @@ def as_raw(config: dict[str, Any], where: str | Path = "config.json") -> dict[st
         raise CheckpointError(where, f"{_LAYER_CONFIG}.model_type", problem)
     given = {key: config[key] for key in _OWN if config.get(key) is not None}
     own = {key: value for key, value in (_OWN | given).items() if value is not None}
+    # Of this layout the engine does not ask whether a window is used: layers say it themselves.
+    own["use_sliding_window"] = bool(layer.get("layer_types"))
     return {**layer, **own, "architectures": [_ARCHITECTURES[model_type]]}
 
 

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from drafttrain.drafters.attention_plan import AttentionPlan, Group
+from drafttrain.drafters.attention_plan import AttentionPlan, Group, Tile
 from drafttrain.drafters.kernels import wide
 
 _LN2 = math.log(2.0)
@@ -88,33 +88,48 @@ class _Context(torch.autograd.Function):
         return None, grad
 
 
-def attend(query: Tensor, kept: KeysValues, plan: AttentionPlan) -> Tensor:
+def attend(
+    query: Tensor, kept: KeysValues, plan: AttentionPlan, window: int | None = None
+) -> Tensor:
     """Attention from every round of a batch to its context and to what it drafted itself.
 
     Args:
         query: [R, heads, d], one for each round; rows may follow that are padding.
         kept: keys and values up to this depth.
         plan: of the same batch.
+        window: how many positions a query sees, its own the last; None: all.
 
     Returns:
         [R, heads, d]; what stands in padding is finite and has no gradient.
     """
+    groups, keys, values = plan.groups, kept.keys, kept.values
     context = (*kept.context_keys, *kept.context_values)
-    attended: Tensor = _Attend.apply(plan, query, *context, *kept.keys, *kept.values)
+    if window is not None:
+        # A query moves on with its depth, and leaves its round's context behind.
+        keys, values, window = keys[-window:], values[-window:], window - len(keys)
+        if window <= 0:
+            groups, context = [], ()
+    attended: Tensor = _Attend.apply(groups, window, query, *context, *keys, *values)
     return attended
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: AttentionPlan, query: Tensor, *keys_values: Tensor) -> Tensor:
-        context_keys, context_values, keys, values = _parts(plan, keys_values)
+    def forward(
+        ctx: Any, groups: list[Group], window: int | None, query: Tensor, *keys_values: Tensor
+    ) -> Tensor:
+        context_keys, context_values, keys, values = _parts(len(groups), keys_values)
         scaled = query * (1.0 / (_LN2 * math.sqrt(query.shape[-1])))
         out = torch.zeros_like(scaled)
-        lse = out.new_zeros(*out.shape[:2], 1, dtype=wide(out))
-        for group, k, v in zip(plan.groups, context_keys, context_values, strict=True):
+        no_context = 0.0 if groups else -math.inf
+        lse = out.new_full((*out.shape[:2], 1), no_context, dtype=wide(out))
+        for group, k, v in zip(groups, context_keys, context_values, strict=True):
             q = group.block(scaled, group.rounds, _spare(scaled))
-            causal = _causal_fused if q.is_cuda else _causal
-            group_out, group_lse = causal(q, k, v, group)
+            narrowed = group.narrowed(window)
+            if q.is_cuda and narrowed is None:
+                group_out, group_lse = _causal_fused(q, k, v, group)
+            else:
+                group_out, group_lse = _causal(q, k, v, group, narrowed)
             group.unblock(group_out, group.rounds, out)
             group.unblock(group_lse, group.rounds, lse)
         own = []  # weights of what the rounds drafted themselves, [R, heads, 1] each
@@ -125,22 +140,23 @@ class _Attend(torch.autograd.Function):
             out *= of_context
             for weight, value in zip(own, values, strict=True):
                 out.addcmul_(weight, value)
-        ctx.plan, ctx.own = plan, own
+        ctx.groups, ctx.window, ctx.own = groups, window, own
         ctx.save_for_backward(scaled, out, lse, *keys_values)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         scaled, out, lse, *keys_values = ctx.saved_tensors
-        context_keys, context_values, keys, values = _parts(ctx.plan, keys_values)
+        context_keys, context_values, keys, values = _parts(len(ctx.groups), keys_values)
         grad = grads[0].contiguous()
         delta = _dot(grad, out)
         grad_query = torch.zeros_like(scaled)
         of_context_keys, of_context_values = [], []
-        for group, k, v in zip(ctx.plan.groups, context_keys, context_values, strict=True):
+        for group, k, v in zip(ctx.groups, context_keys, context_values, strict=True):
             q, g = (group.block(rows, group.rounds, _spare(rows)) for rows in (scaled, grad))
             shift, mean = (group.block(rows, group.rounds) for rows in (lse, delta))
-            gq, gk, gv = _causal_backward(q, k, v, g, shift, mean, group)
+            narrowed = group.narrowed(ctx.window)
+            gq, gk, gv = _causal_backward(q, k, v, g, shift, mean, group, narrowed)
             group.unblock(gq, group.rounds, grad_query)
             of_context_keys.append(gk)
             of_context_values.append(gv)
@@ -151,17 +167,20 @@ class _Attend(torch.autograd.Function):
             of_keys.append(slope * _LN2 * scaled)
             of_values.append(grad * weight)
         grad_query *= 1.0 / math.sqrt(scaled.shape[-1])
-        return None, grad_query, *of_context_keys, *of_context_values, *of_keys, *of_values
+        context = (*of_context_keys, *of_context_values)
+        return None, None, grad_query, *context, *of_keys, *of_values
 
 
-def _parts(plan: AttentionPlan, keys_values: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
-    """Context keys and values, of each group of `plan`; then keys and values of later depths."""
-    groups, depths = len(plan.groups), len(keys_values) // 2 - len(plan.groups)
+def _parts(groups: int, keys_values: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
+    """Context keys and values, of each group; then keys and values of later depths."""
+    depths = len(keys_values) // 2 - groups
     ends = list(itertools.accumulate((groups, groups, depths, depths), initial=0))
     return tuple(keys_values[start:stop] for start, stop in itertools.pairwise(ends))
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+def _causal(
+    query: Tensor, key: Tensor, value: Tensor, group: Group, window: int | None
+) -> tuple[Tensor, Tensor]:
     """Causal attention with scores ``query @ key``: the output and its rows' log-sum-exp.
 
     On a CPU this takes about half the time of torch's fused kernel.
@@ -169,6 +188,8 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, group: Group) -> tuple[Te
     Args:
         query: [rollouts * heads, size, d + spare]; what its spare columns hold is overwritten.
         key, value: [rollouts * heads, size, d + spare], with ones.
+        group: that they are of.
+        window: how many positions a query sees; None: all.
 
     Returns:
         [rollouts * heads, size, d + spare], of which d columns count; [.., size, 1], wide.
@@ -177,17 +198,18 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, group: Group) -> tuple[Te
     width = query.shape[-1] - _spare(query)
     lse = _dot(query[..., :width], key[..., :width])
     limit = _SUM_LIMIT_SHORT if _spare(query) else _SUM_LIMIT
-    for start, stop in group.tiles():
-        q, k, v, shift = query[:, start:stop], key[:, :stop], value[:, :stop], lse[:, start:stop]
+    for tile in group.tiles(window):
+        q, shift = query[:, tile.queries], lse[:, tile.queries]
+        k, v = key[:, tile.keys], value[:, tile.keys]
         for _ in range(_MOST_PASSES):
-            weights = _weights(k, q, shift, start)
+            weights = _weights(k, q, shift, tile)
             summed = torch.bmm(weights.mT, v)
             # A value's ones add the weights up.
             total = summed[..., -1:] if _spare(v) else weights.sum(1)[..., None]
             shift += total.to(shift.dtype).clamp_max(_SUM_LIMIT).log2_()
             if not bool(total.max() > limit):
                 break
-        torch.div(summed, total, out=out[:, start:stop])
+        torch.div(summed, total, out=out[:, tile.queries])
     return out, lse
 
 
@@ -213,6 +235,7 @@ def _causal_backward(
     lse: Tensor,
     delta: Tensor,
     group: Group,
+    window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`_causal`, whose weights are ``exp2(scores - lse)``.
 
@@ -220,55 +243,74 @@ def _causal_backward(
         query, grad: queries, and gradients of the output; their spare columns are overwritten.
         key, value: with ones.
         lse, delta: [rollouts * heads, size, 1], wide: log-sum-exp, and the mean of the slopes.
+        group, window: as there.
 
     Returns:
         those of query (times the square root of d), [rollouts * heads, size, d], key and value.
     """
     width = query.shape[-1] - _spare(query)
     grad_q = query.new_empty(*query.shape[:-1], width)
-    for start, stop in group.tiles():
-        q, g = query[:, start:stop], grad[:, start:stop]
-        k, v = key[:, :stop], value[:, :stop]
-        weights = _weights(k, q, lse[:, start:stop], start)
-        slopes = _slopes(v, g, delta[:, start:stop], weights)
-        grad_q[:, start:stop] = torch.bmm(slopes.mT, k[..., :width])
+    for tile in group.tiles(window):
+        q, g = query[:, tile.queries], grad[:, tile.queries]
+        k, v = key[:, tile.keys], value[:, tile.keys]
+        weights = _weights(k, q, lse[:, tile.queries], tile)
+        slopes = _slopes(v, g, delta[:, tile.queries], weights)
+        grad_q[:, tile.queries] = torch.bmm(slopes.mT, k[..., :width])
         of_keys = torch.bmm(slopes, q[..., :width])
         of_values = torch.bmm(weights, g[..., :width])
-        if stop == group.size:
-            sums = wide(key) if start > 0 else key.dtype
+        if tile.stop == group.size:
+            sums = wide(key) if tile.start > 0 else key.dtype
             grad_k, grad_v = of_keys.to(sums), of_values.to(sums)
+            if tile.first > 0:
+                before = (0, 0, tile.first, 0)
+                grad_k, grad_v = F.pad(grad_k, before), F.pad(grad_v, before)
         else:
-            grad_k[:, :stop] += of_keys
-            grad_v[:, :stop] += of_values
+            grad_k[:, tile.keys] += of_keys
+            grad_v[:, tile.keys] += of_values
     grad_k, grad_v = (
         F.pad(total.to(key.dtype), (0, _spare(key))) for total in (grad_k.mul_(_LN2), grad_v)
     )
     return grad_q, grad_k, grad_v
 
 
-def _weights(key: Tensor, query: Tensor, shift: Tensor, start: int) -> Tensor:
-    """``exp2(scores - shift)`` of queries [start, stop), zero for slots after the query's own.
+def _weights(key: Tensor, query: Tensor, shift: Tensor, tile: Tile) -> Tensor:
+    """``exp2(scores - shift)`` of the queries of `tile`; zero for slots that they do not see.
 
     Args:
-        key: [.., stop, d + spare], with ones.
-        query: [.., stop - start, d + spare]; its spare columns are overwritten.
-        shift: [.., stop - start, 1], wide.
+        key: [.., keys, d + spare], with ones.
+        query: [.., queries, d + spare]; its spare columns are overwritten.
+        shift: [.., queries, 1], wide.
 
     Returns:
-        [.., stop, stop - start]; with keys in rows most products need no transpose.
+        [.., keys, queries]; with keys in rows most products need no transpose.
     """
     if not _spare(query):
         scores = torch.baddbmm(-shift.mT, key, query.mT)
     else:
         _put_terms(query, -shift)
-        if start == 0:
+        if tile.start == 0 and tile.window is None:
             # All of the tile lies along the diagonal: masked inside the product.
             after = key.new_full((key.shape[1], query.shape[1]), -math.inf).tril_(-1)
             return torch.baddbmm(after, key, query.mT).exp2_()
         scores = torch.bmm(key, query.mT)
     weights = scores.exp2_()
-    weights[:, start:].triu_()
+    weights[:, tile.start - tile.first :].triu_()
+    if tile.window is not None:
+        _forget(weights, tile, tile.window)
     return weights
+
+
+def _forget(weights: Tensor, tile: Tile, window: int) -> None:
+    """Zero the weights, [.., keys, queries], of keys that have left a query's window."""
+    if tile.gone is not None:
+        by_rollout = weights.unflatten(0, (len(tile.gone), -1))
+        by_rollout.masked_fill_(tile.gone[:, None], 0.0)
+        return
+    # The tile's query j sees its keys from j - kept on.
+    kept = window - 1 - (tile.start - tile.first)
+    rows = tile.stop - tile.start - 1 - kept
+    if rows > 0:
+        weights[:, :rows].tril_(kept)
 
 
 def _slopes(value: Tensor, grad: Tensor, delta: Tensor, weights: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from drafttrain.drafters.batch import Batch
 
 # Share of a group's scores that may be padding.
 _PADDING = 0.25
+# Queries at a time that are worth a product, however few keys a window leaves them.
+_BAND = 128
 
 
 def square_at_once(dtype: torch.dtype) -> int:
@@ -37,6 +40,32 @@ class Placed:
 
 
 @dataclass(frozen=True)
+class Tile:
+    """Some queries of a group and the keys they see.
+
+    Attributes:
+        first, start, stop: places; queries [start, stop) see keys of [first, stop).
+        window: how many places a query sees, its own the last; None: all.
+        gone: bool [rollouts, stop - first, stop - start], which keys have left a query's window;
+            None where places tell.
+    """
+
+    first: int
+    start: int
+    stop: int
+    window: int | None = None
+    gone: Tensor | None = None
+
+    @property
+    def keys(self) -> slice:
+        return slice(self.first, self.stop)
+
+    @property
+    def queries(self) -> slice:
+        return slice(self.start, self.stop)
+
+
+@dataclass(frozen=True)
 class Group:
     """Rollouts attended to together, each padded behind to the longest.
 
@@ -48,6 +77,8 @@ class Group:
         size: slots of the longest.
         tile: queries of each that are attended from at a time.
         slots, rounds: their context and their queries.
+        reach: positions from a rollout's first slot to its last.
+        positions: int64 [rollouts, size], of the slots; None where they follow one another.
     """
 
     rollouts: int
@@ -55,6 +86,8 @@ class Group:
     tile: int
     slots: Placed
     rounds: Placed
+    reach: int
+    positions: Tensor | None
 
     def block(self, packed: Tensor, placed: Placed, spare: int = 0) -> Tensor:
         """[N, heads, d] to [rollouts * heads, size, d + spare]; empty places are zero.
@@ -80,10 +113,33 @@ class Group:
         else:
             packed[placed.rows] = rows.flatten(0, 1)[placed.places]
 
-    def tiles(self) -> Iterator[tuple[int, int]]:
-        """Queries [start, stop) at a time; the last first, which see the most keys."""
-        for stop in range(self.size, 0, -self.tile):
-            yield max(stop - self.tile, 0), stop
+    def tiles(self, window: int | None) -> Iterator[Tile]:
+        """Queries at a time, the last first: without a window they see the most keys."""
+        if window is None:
+            for stop in range(self.size, 0, -self.tile):
+                yield Tile(0, max(stop - self.tile, 0), stop)
+            return
+        tile = self._banded_tile(window)
+        for stop in range(self.size, 0, -tile):
+            start = max(stop - tile, 0)
+            first = max(start - window + 1, 0)
+            yield Tile(first, start, stop, window, self._gone(first, start, stop, window))
+
+    def narrowed(self, window: int | None) -> int | None:
+        """`window`, in positions, if any query sees fewer keys for it."""
+        return window if window is not None and window < self.reach else None
+
+    def _banded_tile(self, window: int) -> int:
+        """Queries with no more scores than a tile has without a window, and few outside it."""
+        scores = self.tile * self.size
+        most = (math.isqrt(window**2 + 4 * scores) - window) // 2
+        return max(min(most, max(window // 4, _BAND), self.size), 1)
+
+    def _gone(self, first: int, start: int, stop: int, window: int) -> Tensor | None:
+        if self.positions is None:
+            return None
+        queries, keys = self.positions[:, None, start:stop], self.positions[:, first:stop, None]
+        return queries - keys >= window
 
 
 class AttentionPlan:
@@ -95,22 +151,37 @@ class AttentionPlan:
         `dtype` is what scores are computed in.
         """
         queries = batch.starts_round if queries is None else queries
-        rollout_of = batch.rollout_of[batch.slots]
+        rollout_of, positions = batch.rollout_of[batch.slots], batch.positions[batch.slots]
         slots = torch.bincount(rollout_of, minlength=len(batch.lengths))
-        within = torch.arange(len(rollout_of), device=slots.device)
-        within -= (slots.cumsum(0) - slots)[rollout_of]
-        at_once = square_at_once(dtype)
-        self.groups = list(_groups(slots.tolist(), rollout_of, within, queries, at_once))
+        first = (slots.cumsum(0) - slots)[rollout_of]
+        within = torch.arange(len(rollout_of), device=slots.device) - first
+        since = positions - positions[first]
+        self.groups = list(
+            _groups(
+                slots.tolist(),
+                rollout_of,
+                within,
+                since if bool((since != within).any()) else None,
+                queries,
+                square_at_once(dtype),
+            )
+        )
 
 
 def _groups(
-    slots: list[int], rollout_of: Tensor, within: Tensor, queries: Tensor, at_once: int
+    slots: list[int],
+    rollout_of: Tensor,
+    within: Tensor,
+    since: Tensor | None,
+    queries: Tensor,
+    at_once: int,
 ) -> Iterator[Group]:
     """Neighbours of similar length, as many as keep the scores few and the padding low.
 
     Args:
         slots: how many each rollout has.
         rollout_of, within: int64 [S], each slot's rollout and its place there.
+        since: int64 [S], its position, the rollout's first slot having 0; None when it is `within`.
         queries: bool [S], where a query comes from.
         at_once: see :func:`square_at_once`.
     """
@@ -129,6 +200,7 @@ def _groups(
                 max(1, at_once // ((stop - start) * size)),
                 _placed(here.start, places, (stop - start) * size),
                 _placed(row, asking, (stop - start) * size),
+                *_spread(None if since is None else since[here], places, (stop - start, size)),
             )
         start, slot, row = stop, here.stop, row + len(asking)
 
@@ -136,6 +208,16 @@ def _groups(
 def _fit_together(slots: list[int], at_once: int) -> bool:
     square = len(slots) * max(slots) ** 2
     return square <= at_once and square * (1 - _PADDING) <= sum(s * s for s in slots)
+
+
+def _spread(
+    since: Tensor | None, places: Tensor, shape: tuple[int, int]
+) -> tuple[int, Tensor | None]:
+    """The `reach` and `positions` of a group of that shape."""
+    if since is None:
+        return shape[1], None
+    positions = since.new_zeros(math.prod(shape)).index_copy(0, places, since)
+    return int(since.max()) + 1, positions.view(shape)
 
 
 def _placed(first_row: int, places: Tensor, size: int) -> Placed:

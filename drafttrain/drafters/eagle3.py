@@ -32,6 +32,7 @@ from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 from drafttrain.checkpoints.eagle3_format import (
+    FULL,
     LAYER,
     LAYER_ALIAS,
     LLAMA,
@@ -97,7 +98,7 @@ class Eagle3Drafter(Drafter):
         self.fc = nn.Linear(features, hidden, bias=False)
         # A checkpoint's midlayer.* or layers.0.*, layers.1.*, ...
         self.layers = nn.ModuleList(
-            Eagle3Layer(config, first=index == 0) for index in range(config.num_hidden_layers)
+            Eagle3Layer(config, index=index) for index in range(config.num_hidden_layers)
         )
         self.norm = LlamaRMSNorm(hidden, eps=eps)
         self.lm_head = nn.Linear(hidden, config.draft_vocab_size, bias=False)
@@ -369,5 +370,6 @@ def _drafter_config(
         eagle_aux_hidden_state_layer_ids=list(ids),
         num_aux_hidden_states=len(ids),
         eagle_config={"eagle_aux_hidden_state_layer_ids": list(ids)},
+        layer_types=[FULL] * variant.num_hidden_layers,
         **variant.model_dump(exclude={"layer"}),
     )

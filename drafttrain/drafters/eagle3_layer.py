@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
-from drafttrain.checkpoints.eagle3_format import QWEN3
+from drafttrain.checkpoints.eagle3_format import QWEN3, SLIDING
 from drafttrain.drafters.attention import KeysValues, attend
 from drafttrain.drafters.attention_plan import AttentionPlan
 from drafttrain.drafters.batch import Batch, pad_rows
@@ -40,10 +40,16 @@ class Eagle3Attention(nn.Module):
 
 
 class Eagle3Layer(nn.Module):
-    """A decoder layer. The first also reads the embedding and has a norm for the features."""
+    """A decoder layer. The first also reads the embedding and has a norm for the features.
 
-    def __init__(self, config: PretrainedConfig, *, first: bool) -> None:
+    Its queries see `window` positions, their own the last, or all when there is None.
+    """
+
+    def __init__(self, config: PretrainedConfig, *, index: int) -> None:
         super().__init__()
+        first = index == 0
+        sliding = config.layer_types[index] == SLIDING
+        self.window: int | None = config.sliding_window if sliding else None
         hidden, norm = config.hidden_size, {"eps": config.rms_norm_eps}
         self.norm_before_residual = bool(config.norm_before_residual)
         self.input_layernorm = LlamaRMSNorm(hidden, **norm)
@@ -142,7 +148,7 @@ class UnrolledLayer:
             query, residual = take_rows(query, starts), take_rows(residual, starts)
         elif at_slots:
             plan = self.plans.slots
-        attended = attend(query, self.kept, plan)
+        attended = attend(query, self.kept, plan, self.layer.window)
         residual = torch.addmm(residual, attended.flatten(1), self.o_weight)
         if (bias := self.layer.self_attn.o_proj.bias) is not None:
             residual = residual + bias.to(residual.dtype)
