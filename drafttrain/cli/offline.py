@@ -202,11 +202,11 @@ def _eval(options: argparse.Namespace) -> None:
         from drafttrain.demo import ENVIRONMENT
 
         os.environ.update(ENVIRONMENT)  # before torch and vLLM are imported
-    from drafttrain.evaluation import evaluate, print_table, summaries
+    from drafttrain.evaluation import print_table, show_evaluate, summaries
 
     inputs = _inputs(options)
     method = options.draft_sample_method
-    results = evaluate(inputs, options.drafter, k=options.k, method=method)
+    results = show_evaluate(inputs, options.drafter, k=options.k, method=method)
     counted = None
     if options.engine:
         from drafttrain.integrations.vllm.measure import measure_drafters
