@@ -17,12 +17,13 @@ ObjectiveName = Literal[
     "soft_cross_entropy", "kl", "reverse_kl", "jsd", "tv", "lk", "hard_cross_entropy"
 ]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Seconds = Annotated[float, Field(ge=0, le=1e9)]
 
 
 class Section(BaseModel):
     """A part of the configuration."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class TrainingConfig(Section):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.table import Table
+from rich.progress import Progress
+from rich.table import Column, Table
+from rich.text import Text
 
 from drafttrain.config import PretrainConfig
 from drafttrain.control.acceptance import (
@@ -28,6 +31,8 @@ from drafttrain.training.corpus import Corpus
 
 # Rollouts whose features exist at once, in padded tokens.
 _MICROBATCH_TOKENS = 4096
+
+OnPart = Callable[[int, int], None]
 
 
 class Counted(Protocol):
@@ -63,14 +68,12 @@ class Evaluated:
         drafter: its folder.
         kind: of drafter.
         estimate: over all rollouts that can be replayed.
-        domains: the prompt groups of each domain; without rollouts that name none.
         requests: those rollouts as an engine would be asked for them.
     """
 
     drafter: Path
     kind: str
     estimate: AcceptanceEstimate
-    domains: dict[str, set[str]]
     requests: list[Request]
 
 
@@ -81,8 +84,13 @@ def evaluate(
     k: int,
     method: DraftSampleMethod,
     say: Say = lambda sentence: None,
+    on_part: OnPart = lambda done, parts: None,
 ) -> list[Evaluated]:
     """Replay all whole rollouts with each drafter.
+
+    Args:
+        say: hears what a person should know, a sentence at a time.
+        on_part: hears how many microbatches of how many a drafter has been through.
 
     Raises:
         CheckpointError: the policy or a drafter is wrong.
@@ -101,30 +109,54 @@ def evaluate(
             )
             corpora[reads] = opened.corpus
         drafter.check_layout(corpora[reads].layout)
-        results.append(_evaluate(folder, drafter, corpora[reads], k, method))
+        results.append(_evaluate(folder, drafter, corpora[reads], k, method, on_part))
     return results
 
 
+def show_evaluate(
+    inputs: Inputs, drafters: Sequence[Path], *, k: int, method: DraftSampleMethod
+) -> list[Evaluated]:
+    """:func:`evaluate`, with its sentences and a progress bar on stderr.
+
+    Raises:
+        DrafttrainError: as :func:`evaluate`.
+    """
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        bar = progress.add_task("evaluating", total=None)
+
+        @cache  # drafters that read different layers open the same rollouts
+        def say(sentence: str) -> None:
+            console.print(sentence, markup=False, soft_wrap=True)
+
+        def show(done: int, parts: int) -> None:
+            progress.update(bar, completed=done, total=parts)
+
+        return evaluate(inputs, drafters, k=k, method=method, say=say, on_part=show)
+
+
 def _evaluate(
-    folder: Path, drafter: Drafter, corpus: Corpus, k: int, method: DraftSampleMethod
+    folder: Path,
+    drafter: Drafter,
+    corpus: Corpus,
+    k: int,
+    method: DraftSampleMethod,
+    on_part: OnPart,
 ) -> Evaluated:
     parts: list[AcceptanceEstimate] = []
-    domains: dict[str, set[str]] = {}
     requests: list[Request] = []
-    for microbatch in corpus.held_out:
+    for done, microbatch in enumerate(corpus.held_out):
+        on_part(done, len(corpus.held_out))
         rollouts = [rollout for rollout in corpus.load(microbatch) if usable(rollout, k)]
         if not rollouts:
             continue
         layout, heads = corpus.layout, corpus.heads
         parts.append(estimate_acceptance(drafter, rollouts, layout, heads, k=k, method=method))
         requests += [_request(rollout) for rollout in rollouts]
-        for rollout in rollouts:
-            if rollout.domain is not None:
-                domains.setdefault(rollout.domain, set()).add(rollout.group)
     if not parts:
         raise RolloutError("rollouts", "completions", f"none is whole and longer than {k + 1}")
     together = AcceptanceEstimate.together(parts)
-    return Evaluated(folder, drafter.kind, together, domains, requests)
+    return Evaluated(folder, drafter.kind, together, requests)
 
 
 def _request(rollout: Rollout) -> Request:
@@ -145,10 +177,9 @@ def summaries(
     for index, result in enumerate(results):
         row = {"drafter": str(result.drafter), **_figures(result.estimate)}
         if by is not None:
-            row[f"by_{by}"] = {
-                name: _figures(result.estimate.select(groups))
-                for name, groups in sorted(_divisions(result, by).items())
-            }
+            names = result.estimate.domains if by == "domain" else result.estimate.groups
+            parts = result.estimate.divided(names)
+            row[f"by_{by}"] = {name: _figures(part) for name, part in parts.items()}
         if index:
             verdict = judge(result.estimate, results[0].estimate, margin=0.0)
             row |= {"gain": verdict.gain, "gain_interval": list(verdict.interval)}
@@ -161,14 +192,16 @@ def summaries(
 
 def print_table(rows: Sequence[dict[str, Any]], by: str | None) -> None:
     """Show :func:`summaries` side by side."""
-    table = Table("drafter", "acceptance length", "interval", "by position", "rollouts")
+    # Folded, not cut: the end of a path tells versions of one registry apart.
+    first = Column("drafter", overflow="fold")
+    table = Table(first, "acceptance length", "interval", "by position", "rollouts")
     engine = "engine_acceptance_length" in rows[0]
     if len(rows) > 1:
         table.add_column("gain on the first")
     if engine:
         table.add_column("counted by vLLM")
     for row in rows:
-        cells = [row["drafter"], *_cells(row)]
+        cells: list[str | Text] = [Text(row["drafter"]), *_cells(row)]
         if len(rows) > 1:
             low, high = row.get("gain_interval", (0.0, 0.0))
             cells.append(f"{row['gain']:+.3f} [{low:+.3f}, {high:+.3f}]" if "gain" in row else "")
@@ -176,7 +209,7 @@ def print_table(rows: Sequence[dict[str, Any]], by: str | None) -> None:
             cells.append(f"{row['engine_acceptance_length']:.3f}")
         table.add_row(*cells)
         for name, part in row.get(f"by_{by}", {}).items():
-            table.add_row(f"  {name}", *_cells(part))
+            table.add_row(Text(f"  {name}"), *_cells(part))
     Console().print(table)
 
 
@@ -188,12 +221,6 @@ def _cells(figures: dict[str, Any]) -> list[str]:
         " ".join(f"{rate:.2f}" for rate in figures["accepted_per_position"]),
         str(figures["rollouts"]),
     ]
-
-
-def _divisions(result: Evaluated, by: str) -> dict[str, set[str]]:
-    if by == "domain":
-        return result.domains
-    return {group: {group} for group in result.estimate.groups}
 
 
 def _figures(estimate: AcceptanceEstimate) -> dict[str, Any]:

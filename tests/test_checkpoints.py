@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
+from drafttrain.checkpoints.decoder_format import Sizes
 from drafttrain.checkpoints.eagle3_format import FULL, SLIDING
 from drafttrain.checkpoints.formats import LAYER, LAYER_ALIAS, expected_tensors, with_defaults
 from drafttrain.checkpoints.manifest import TargetFingerprint
@@ -289,6 +290,13 @@ def test_fingerprint_reads_a_policy_folder(tmp_path: Path) -> None:
     for wrong in ({**config, "architectures": "Qwen"}, {**config, "hidden_size": "64"}, {}):
         with pytest.raises(CheckpointError):
             TargetFingerprint.from_config(wrong)
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "num_experts", "n_routed_experts"])
+def test_what_has_tensors_of_its_own_is_counted_up_to_a_limit(key: str) -> None:
+    assert Sizes({key: 128}, "config.json")[key] == 128
+    with pytest.raises(CheckpointError, match=f"config.json: {key}: 1000000000, expected at most"):
+        Sizes({key: 10**9}, "config.json")[key]
 
 
 def test_save_file_and_verify_agree_on_the_engine_s_own_export(tmp_path: Path) -> None:

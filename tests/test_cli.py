@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import making
 import pytest
 from transformers import Qwen3ForCausalLM
 
+from drafttrain.cli.arguments import print_json
 from drafttrain.rollouts.spool import SpoolWriter
 
 POLICY = making.policy_shape()
@@ -150,6 +152,17 @@ def test_an_engine_as_teacher_beside_what_it_cannot_do(
     assert "--device-map" in refused(*pretrain, "--device-map", "auto")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "--cache" in refused(*pretrain)
+
+
+def test_a_temperature_that_nothing_is_sampled_at(folder: Path) -> None:
+    common = ("--target", folder / "policy", "--rollouts", folder / "spool")
+    line = refused("eval", "--drafter", folder / "toy", *common, "--temperature", "1e-320")
+    assert "--temperature: 1e-320; expected" in line
+
+
+def test_what_is_no_number_is_null_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"history": [(1, math.nan)], "steps": 2, "waited": math.inf})
+    assert capsys.readouterr().out == '{"history": [[1, null]], "steps": 2, "waited": null}\n'
 
 
 def test_a_run_without_a_summary(tmp_path: Path) -> None:

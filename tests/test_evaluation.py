@@ -53,6 +53,33 @@ def test_the_parts_make_up_the_whole(files: Path) -> None:
     assert len(by_group["by_group"]) > 20
 
 
+def test_a_group_of_two_domains_is_divided(files: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (files / "rollouts.jsonl").read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row |= {"group": "one" if number % 4 < 2 else "other"}
+    path = tmp_path / "rollouts.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    inputs = Inputs(files / "policy", [path])
+    found = evaluate(inputs, [files / "drafter"], k=3, method="probabilistic")
+    (row,) = summaries(found, "domain")
+    assert [part["rollouts"] for part in row["by_domain"].values()] == [30, 30]
+
+
+def test_versions_of_one_registry_can_be_told_apart(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    folder = "/data/runs/of/someone/registry/drafter[/x]/versions/"
+    figures = {"acceptance_length": 2.0, "interval": [1.9, 2.1], "rollouts": 60}
+    figures["accepted_per_position"] = [0.5, 0.3, 0.2]
+    gain = {"gain": 0.1, "gain_interval": [0.0, 0.2]}
+    print_table([{"drafter": f"{folder}{n}", **figures, **gain} for n in (1017, 1018)], None)
+    cells = [
+        line.split("│")[1].strip() for line in capsys.readouterr().out.splitlines() if "│" in line
+    ]
+    assert "".join(cells) == f"{folder}1017{folder}1018"
+
+
 def test_a_head_that_reads_the_state_before_the_final_norm(files: Path, tmp_path: Path) -> None:
     policy = make_policy(tmp_path / "policy", "mimo")
     shape = PolicyShape.from_folder(policy)
@@ -94,17 +121,24 @@ def test_selecting_and_joining_estimates() -> None:
 
     both = AcceptanceEstimate.together([estimate("a", "b"), estimate("a")])
     assert both.groups == ["a", "b", "a"]
-    assert both.select({"b"}).rounds.tolist() == [2.0]
+    parts = both.divided(["x", None, "y"])
+    assert {name: part.rounds.tolist() for name, part in parts.items()} == {"x": [1.0], "y": [1.0]}
+    assert list(both.divided(both.groups)) == ["a", "b"]
 
 
-def test_the_command_says_it_in_json(files: Path) -> None:
+def test_the_command_says_it_in_json(files: Path, tmp_path: Path) -> None:
+    malformed = tmp_path / "malformed.jsonl"
+    malformed.write_text('{"prompt_token_ids": [[/x]]}\n{"prompt_token_ids": ["[/x]"]}\n')
     command = [
         sys.executable, "-m", "drafttrain", "eval", "--json", "--by", "domain",
         "--target", str(files / "policy"),
-        "--rollouts", str(files / "rollouts.jsonl"),
+        "--rollouts", str(files / "rollouts.jsonl"), str(malformed), "--skip-malformed",
         "--drafter", str(files / "drafter"), str(files / "indifferent"),
     ]  # fmt: skip
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    rows = json.loads(printed)["drafters"]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    rows = json.loads(result.stdout)["drafters"]
     assert [Path(row["drafter"]).name for row in rows] == ["drafter", "indifferent"]
     assert rows[0]["by_domain"]["odd"]["rollouts"] == 30
+    skipped = [line for line in result.stderr.splitlines() if line.startswith("skipped: 2 ")]
+    assert len(skipped) == 1
+    assert f"{malformed}:2: prompt_token_ids" in skipped[0]

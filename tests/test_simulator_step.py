@@ -186,6 +186,14 @@ def test_a_bad_folder_is_refused(tmp_path: Path, content: str) -> None:
         read_shape(tmp_path)
 
 
+@pytest.mark.parametrize("heads", [None, 0, "x", True])
+def test_a_size_that_is_none_is_named(tmp_path: Path, heads: object) -> None:
+    config = {"num_hidden_layers": 1, "hidden_size": 8, "vocab_size": 9}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_attention_heads": heads}))
+    with pytest.raises(ValueError, match=r"config\.json: num_attention_heads: expected"):
+        read_shape(tmp_path)
+
+
 @given(st.floats(0.05, 1.0), st.floats(0.8, 1.0))
 def test_acceptance_comes_back_from_its_lengths(first: float, decay: float) -> None:
     survive = np.cumprod(first * decay ** np.arange(7))

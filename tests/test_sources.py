@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples.make_samples import ANSWER_IDS, PROMPT_IDS
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -40,6 +43,7 @@ TURNS = [
     {"role": "user", "content": "add two"},
     {"role": "assistant", "content": "so three"},
 ]
+ROW = {"prompt_token_ids": [4, 5], "completion_token_ids": [5, 1]}
 
 
 def tokenizer(template: str | None = APPENDING) -> PreTrainedTokenizerFast:
@@ -52,6 +56,9 @@ def tokenizer(template: str | None = APPENDING) -> PreTrainedTokenizerFast:
 
 def encoder(template: str | None = APPENDING, max_length: int | None = None) -> Encoder:
     return Encoder(lambda: tokenizer(template), vocab_size=len(WORDS), max_length=max_length)
+
+
+ENCODER = encoder()
 
 
 def read(*paths: Path, skip_malformed: bool = False, **options: Any) -> Reading:
@@ -190,19 +197,100 @@ def test_sharegpt_and_labels(tmp_path: Path) -> None:
         ({"messages": TURNS[:1]}, "messages: no assistant"),
         ({"tokens": [1, 2], "response_length": 5}, "response_length: 5 of 2"),
         ({"custom_id": "a", "response": None, "error": "gone"}, "response: the request failed"),
+        (ROW | {"temperature": math.nan}, "temperature: nan; expected a finite"),
+        (ROW | {"temperature": math.inf}, "temperature: inf; expected a finite"),
+        (ROW | {"temperature": 10**400}, "temperature: inf; expected a finite"),
+        (ROW | {"temperature": 1e-320}, "temperature: 1e-320; expected 0 (greedy)"),
+        (ROW | {"temperature": -1}, "temperature: -1.0; expected 0 (greedy)"),
+        (ROW | {"reward": 10**400}, "reward: inf; expected a finite"),
+        ({"tokens": [4, 5], "response_length": 1, "reward": 10**400}, "reward: inf"),
+        ({"tokens": [4, 5], "response_length": 1, "status": ["x"]}, "status: ['x']; expected str"),
+        ({"conversations": [{"from": ["x"], "value": "a"}]}, "conversations: {'from': ['x']"),
+        ({"prompt": "add", "completion": "\udfff"}, "completion: half of a surrogate pair"),
+        ({"messages": TURNS, "tools": [1]}, "tools: expected a list of objects"),
+        ({"messages": TURNS[1:]}, "messages: the chat template refused"),
     ],
 )
 def test_a_malformed_row_is_named_and_skipped_only_on_demand(
     tmp_path: Path, row: Any, problem: str
 ) -> None:
-    good = {"prompt_token_ids": [4, 5], "completion_token_ids": [5, 1]}
-    path = lines(tmp_path / "r.jsonl", good, row, good)
+    path = lines(tmp_path / "r.jsonl", ROW, row, ROW)
     with pytest.raises(RolloutError) as caught:
         read(path)
     assert str(caught.value).startswith(f"{path}:2: {problem}")
     reading = read(path, skip_malformed=True)
     assert (len(reading.rollouts), reading.skipped) == (2, 1)
     assert reading.reasons == [str(caught.value)]
+
+
+@pytest.mark.parametrize("temperature", ["x", None, True, math.nan])
+def test_a_temperature_of_prime_rl_that_is_none(tmp_path: Path, temperature: Any) -> None:
+    path = tmp_path / "step_1" / "rank_0.bin"
+    path.parent.mkdir()
+    batch = [[4, 5], [False, True], [0, 0], [0, 0], [0, 1], [2], [temperature] * 2, ["a", "a"]]
+    path.write_bytes(msgpack.packb([batch]))
+    with pytest.raises(RolloutError, match=r"rank_0\.bin:1: temperatures: "):
+        read(path)
+
+
+def test_a_temperature_of_0_is_kept(tmp_path: Path) -> None:
+    (rollout,) = read(lines(tmp_path / "r.jsonl", ROW | {"temperature": 0})).rollouts
+    assert rollout.facts.temperature == 0
+
+
+def test_an_empty_file_is_named(tmp_path: Path) -> None:
+    path = lines(tmp_path / "r.jsonl")
+    with pytest.raises(RolloutError, match=r"r\.jsonl: rollouts: none found"):
+        read(path)
+
+
+def _first(sample: str) -> dict[str, Any]:
+    row: dict[str, Any] = json.loads((SAMPLES / sample).read_text().splitlines()[0])
+    return row
+
+
+JSON = st.recursive(
+    st.one_of(
+        st.none(), st.booleans(), st.integers(), st.just(10**400), st.floats(),
+        st.text(st.characters(exclude_categories=())),
+    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)  # fmt: skip
+SOUND_ROWS = [
+    ROW | {"completion_mask": [1, 1], "temperature": 1.0, "reward": 1.0, "policy_version": 1},
+    {"input_ids": [4, 5], "labels": [-100, 5], "id": 1, "group": "g", "domain": "d"},
+    {"prompt": "add one", "completion": "so one", "finish_reason": "stop"},
+    {"prompt": TURNS[:1], "response": TURNS[1:2], "tools": [{}]},
+    {"messages": TURNS, "tools": [{}]},
+    {"conversations": [{"from": "human", "value": "add"}, {"from": "gpt", "value": "one"}]},
+    {"step": 1, "prompt": "add one", "completion": "so one", "advantage": 0.0},
+    _first("verl/10.jsonl"),
+    _first("openrlhf/output.jsonl"),
+    _first("nemo_rl/train_data_step10.jsonl"),
+    _first("slime/samples.jsonl"),
+    _first("vllm/results_with_ids.jsonl"),
+]
+
+
+def _perhaps_damaged(value: Any) -> st.SearchStrategy[Any]:
+    """The value, or with one or more parts of it replaced, at any depth."""
+    whole: st.SearchStrategy[Any] = st.just(value)
+    if isinstance(value, dict):
+        whole = st.fixed_dictionaries({key: _perhaps_damaged(part) for key, part in value.items()})
+    elif isinstance(value, list):
+        whole = st.tuples(*map(_perhaps_damaged, value)).map(list)
+    return whole if isinstance(value, dict) else whole | JSON
+
+
+@given(st.one_of([_perhaps_damaged(row) for row in SOUND_ROWS]))
+@settings(max_examples=200, deadline=None)
+def test_any_row_gives_a_rollout_or_a_rollout_error(row: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = lines(Path(folder) / "r.jsonl", ROW, row)
+        reading = read_rollouts([path], ENCODER, skip_malformed=True)
+    assert len(reading.rollouts) + reading.skipped >= 2
+    assert all(reason.startswith(f"{path}:2: ") for reason in reading.reasons)
 
 
 def test_longer_than_the_policys_context(tmp_path: Path) -> None:

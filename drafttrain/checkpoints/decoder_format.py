@@ -10,10 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from drafttrain.checkpoints.manifest import MOST_PARTS
 from drafttrain.errors import CheckpointError
 
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
+
+
+_COUNTS = ("num_hidden_layers", "num_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Sizes:
         value = self._config.get(key)
         if type(value) is not int or value < 1:
             raise CheckpointError(self._where, key, f"{value!r:.80}, expected a positive integer")
+        if key in _COUNTS and value > MOST_PARTS:
+            raise CheckpointError(self._where, key, f"{value!r:.80}, expected at most {MOST_PARTS}")
         return value
 
     def flag(self, key: str) -> bool:

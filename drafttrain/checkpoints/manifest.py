@@ -28,6 +28,9 @@ JSON_LIMIT = 16 << 20
 Kind = Literal["eagle3", "mtp", "draft_model"]
 Count = Annotated[int, Field(ge=0)]
 Size = Annotated[int, Field(gt=0)]
+# Of what has tensors of its own, layers and experts; far above any model.
+MOST_PARTS: Final = 4096
+Parts = Annotated[int, Field(gt=0, le=MOST_PARTS)]
 
 
 class Record(BaseModel):
@@ -42,7 +45,7 @@ class TargetFingerprint(Record):
     architecture: str
     hidden_size: Size
     vocab_size: Size
-    num_hidden_layers: Size
+    num_hidden_layers: Parts
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> TargetFingerprint:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-from drafttrain.cli.arguments import above_zero, add_command, numbers, positive, setting
+from drafttrain.cli.arguments import (
+    above_zero,
+    add_command,
+    numbers,
+    positive,
+    print_json,
+    setting,
+)
 from drafttrain.errors import ConfigError
 
 
@@ -166,7 +172,7 @@ def _pretrain(options: argparse.Namespace) -> None:
     )
     summary = show_pretrain(command, quiet=options.json)
     if options.json and summary is not None:
-        print(json.dumps(summary))
+        print_json(summary)
 
 
 def _pretrain_config(options: argparse.Namespace) -> Any:
@@ -196,11 +202,11 @@ def _eval(options: argparse.Namespace) -> None:
         from drafttrain.demo import ENVIRONMENT
 
         os.environ.update(ENVIRONMENT)  # before torch and vLLM are imported
-    from drafttrain.evaluation import evaluate, print_table, summaries
+    from drafttrain.evaluation import print_table, show_evaluate, summaries
 
     inputs = _inputs(options)
     method = options.draft_sample_method
-    results = evaluate(inputs, options.drafter, k=options.k, method=method)
+    results = show_evaluate(inputs, options.drafter, k=options.k, method=method)
     counted = None
     if options.engine:
         from drafttrain.integrations.vllm.measure import measure_drafters
@@ -208,7 +214,7 @@ def _eval(options: argparse.Namespace) -> None:
         counted = measure_drafters(options.target, results[0].requests, results, options.k, method)
     rows = summaries(results, options.by, counted)
     if options.json:
-        print(json.dumps(rows[0] if len(rows) == 1 else {"drafters": rows}))
+        print_json(rows[0] if len(rows) == 1 else {"drafters": rows})
     else:
         print_table(rows, options.by)
 
@@ -217,7 +223,11 @@ def _inputs(options: argparse.Namespace) -> Any:
     # Read by transformers, whose bar for loading weights would cross ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from drafttrain.opening import Inputs
+    from drafttrain.rollouts.record import TEMPERATURES, is_temperature
 
+    if not is_temperature(options.temperature):
+        problem = f"{options.temperature}; expected {TEMPERATURES}"
+        raise ConfigError("drafttrain", "--temperature", problem)
     return Inputs(
         target=options.target,
         rollouts=options.rollouts,

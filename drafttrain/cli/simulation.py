@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from drafttrain.cli.arguments import add_command
+from drafttrain.cli.arguments import add_command, print_json
 
 
 def add_commands(commands: Any) -> None:
@@ -29,8 +28,10 @@ def _simulate(options: argparse.Namespace) -> None:
 
     if options.list_presets:
         names = {name: load_preset(name).title for name in presets()}
-        lines = "\n".join(f"{name:20} {title}" for name, title in names.items())
-        print(json.dumps(names) if options.json else lines)
+        if options.json:
+            print_json(names)
+        else:
+            print("\n".join(f"{name:20} {title}" for name, title in names.items()))
         return
     if options.calibration:
         _calibration(options)
@@ -42,7 +43,7 @@ def _simulate(options: argparse.Namespace) -> None:
 
     result = study(scenario)
     if options.json:
-        print(json.dumps(as_json(result)))
+        print_json(as_json(result))
     else:
         print_study(result)
     if options.out:
@@ -57,7 +58,7 @@ def _calibration(options: argparse.Namespace) -> None:
 
     predictions = predict(figures())
     if options.json:
-        print(json.dumps(calibration_json(predictions)))
+        print_json(calibration_json(predictions))
     else:
         print_calibration(predictions)
     if options.out:

@@ -19,8 +19,8 @@ few that run past its end.
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -45,11 +45,13 @@ class AcceptanceEstimate:
         groups: prompt group of each rollout.
         rounds: float64 [R], expected number of counted rounds.
         accepted: float64 [R, k], expected drafts accepted at each position.
+        domains: domain of each rollout, None where it is not known.
     """
 
     groups: list[str]
     rounds: Tensor
     accepted: Tensor
+    domains: list[str | None] = field(default_factory=list)
 
     @property
     def acceptance_length(self) -> float:
@@ -78,13 +80,20 @@ class AcceptanceEstimate:
             [group for part in parts for group in part.groups],
             torch.cat([part.rounds for part in parts]),
             torch.cat([part.accepted for part in parts]),
+            [domain for part in parts for domain in part.domains],
         )
 
-    def select(self, groups: Set[str]) -> AcceptanceEstimate:
-        """The same estimate on the rollouts of some prompt groups alone."""
-        rows = [row for row, group in enumerate(self.groups) if group in groups]
-        names = [self.groups[row] for row in rows]
-        return AcceptanceEstimate(names, self.rounds[rows], self.accepted[rows])
+    def divided(self, by: Sequence[str | None]) -> dict[str, AcceptanceEstimate]:
+        """The same estimate by the name that `by` gives each rollout, without those of None."""
+        rows: dict[str, list[int]] = {}
+        for row, name in enumerate(by):
+            if name is not None:
+                rows.setdefault(name, []).append(row)
+        return {name: self._select(rows[name]) for name in sorted(rows)}
+
+    def _select(self, rows: list[int]) -> AcceptanceEstimate:
+        groups = [self.groups[row] for row in rows]
+        return AcceptanceEstimate(groups, self.rounds[rows], self.accepted[rows])
 
     def interval(self, level: float = 0.9, seed: int = 0) -> tuple[float, float]:
         """Bootstrap confidence interval of the acceptance length, over prompt groups."""
@@ -136,6 +145,7 @@ def estimate_acceptance(
     if not rollouts:
         raise ValueError("no rollout is complete enough to be replayed")
     groups: list[str] = []
+    domains: list[str | None] = []
     rounds, accepted = [], []
     for version in sorted({rollout.policy_version for rollout in rollouts}):
         same_policy = [rollout for rollout in rollouts if rollout.policy_version == version]
@@ -144,9 +154,10 @@ def estimate_acceptance(
             w = acceptance_weights(drafter, batch, heads[version], k, method)
             part_rounds, part_accepted = replay_rounds(w, batch)
             groups += [rollout.group for rollout in part]
+            domains += [rollout.domain for rollout in part]
             rounds.append(part_rounds)
             accepted.append(part_accepted)
-    return AcceptanceEstimate(groups, torch.cat(rounds), torch.cat(accepted))
+    return AcceptanceEstimate(groups, torch.cat(rounds), torch.cat(accepted), domains)
 
 
 def acceptance_weights(

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 from scipy.optimize import brentq, nnls
 
-from drafttrain.config import Section, explain
+from drafttrain.config import Seconds, Section, explain
 from drafttrain.errors import ConfigError
 
 
@@ -117,15 +117,15 @@ class EngineCost(StepCost, Section):
     across an edge of the engine such as the largest captured CUDA graph.
     """
 
-    step: float = Field(ge=0)
+    step: Seconds
     """Seconds of every step: scheduler, launches, reading the policy's weights."""
-    request: float = Field(0.0, ge=0)
+    request: Seconds = 0.0
     """Seconds for each running request, however many tokens it computes: its bookkeeping."""
-    token: float = Field(ge=0)
+    token: Seconds
     """Seconds for each token that the policy computes, its share of the drafting included."""
-    speculation: float = Field(0.0, ge=0)
+    speculation: Seconds = 0.0
     """Seconds of every step with drafts: accepting and rejecting, preparing the drafter."""
-    draft: float = Field(ge=0)
+    draft: Seconds
     """Seconds of each of the k drafting passes."""
 
     def step_seconds(self, batch: float, k: int) -> float:

@@ -34,10 +34,13 @@ def show_pretrain(command: PretrainCommand, *, quiet: bool) -> dict[str, Any] | 
                 said += f"  held out {now.estimate:.3f}"
             progress.update(bar, completed=now.report.step, total=now.steps, said=said)
 
-        result = run_pretrain(command, console.print, show)
+        def say(sentence: str) -> None:
+            console.print(sentence, markup=False)
+
+        result = run_pretrain(command, say, show)
     if result is None:
         return None
-    console.print(_sentence(result))
+    console.print(_sentence(result), markup=False)
     return _summary(result)
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+# The lowest sampling temperature but 0; float32 logits can still be divided by it.
+_COLDEST = 1e-5
+TEMPERATURES = f"0 (greedy), or a finite number of at least {_COLDEST:g}"
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,11 @@ class PolicyHead:
     lm_head: Tensor
     final_norm: Tensor | None
     norm_eps: float
+
+
+def is_temperature(value: float) -> bool:
+    """Whether a policy can have been sampled at it: one of `TEMPERATURES`."""
+    return value == 0 or _COLDEST <= value < math.inf
 
 
 def prompt_group(prompt_token_ids: Sequence[int]) -> str:

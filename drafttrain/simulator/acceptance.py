@@ -63,8 +63,8 @@ class Acceptance(Section):
             if not self.per_position or np.any(falls > 0):
                 raise ValueError("per_position needs at least one position and must not rise")
         for k, length in (self.lengths or {}).items():
-            if k < 1 or not 1 <= length <= k + 1:
-                raise ValueError(f"lengths: {length} at k {k}; expected 1 to k + 1")
+            if not (1 <= k <= 64 and 1 <= length <= k + 1):
+                raise ValueError(f"lengths: {length} at k {k}; expected 1 to k + 1, k up to 64")
         if self.lengths == {}:
             raise ValueError("lengths is empty")
         return self

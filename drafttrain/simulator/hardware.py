@@ -12,27 +12,30 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from drafttrain.config import Section
+from drafttrain.config import Seconds, Section
 
 Precision = Literal["fp32", "bf16", "fp8"]
+# Bytes, or so many of them or operations in a second.
+Rate = Annotated[float, Field(ge=1, le=1e20)]
+Efficiency = Annotated[float, Field(ge=1e-6, le=1)]
 BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp8": 1}
 
 
 class Device(Section):
     """One accelerator (or the CPU), and its links to the others of its replica."""
 
-    memory: float = Field(gt=0)
+    memory: Rate
     """Bytes."""
-    bandwidth: float = Field(gt=0)
+    bandwidth: Rate
     """Bytes per second of its memory."""
-    flops: dict[Precision, float]
+    flops: dict[Precision, Rate] = Field(min_length=1)
     """Dense floating point operations per second, by precision."""
-    link_bandwidth: float = Field(1e9, gt=0)
+    link_bandwidth: Rate = 1e9
     """Bytes per second to other devices of the replica, one direction."""
-    link_latency: float = Field(0.0, ge=0)
+    link_latency: Seconds = 0.0
     """Seconds of an all-reduce of nothing."""
-    bandwidth_efficiency: float = Field(0.75, gt=0, le=1)
-    flops_efficiency: float = Field(0.6, gt=0, le=1)
+    bandwidth_efficiency: Efficiency = 0.75
+    flops_efficiency: Efficiency = 0.6
 
     def read_seconds(self, size: Any) -> Any:
         """Seconds to read `size` bytes."""
@@ -81,17 +84,17 @@ DEVICES = {
 class Engine(Section):
     """Seconds that the engine's software adds to a step."""
 
-    host: float = Field(0.0, ge=0)
+    host: Seconds = 0.0
     """Every step: scheduling, preparing inputs, handing out tokens."""
-    draft: float = Field(0.0, ge=0)
+    draft: Seconds = 0.0
     """Each drafting pass, beyond reading and computing: launches, metadata, sampling the draft."""
-    captured_tokens: int | None = Field(None, ge=0)
+    captured_tokens: int | None = Field(None, ge=0, le=1 << 24)
     """Most tokens in a step that a captured CUDA graph serves; null: no such edge."""
-    uncaptured_layer: float = Field(0.0, ge=0)
+    uncaptured_layer: Seconds = 0.0
     """Each of the policy's layers in a step beyond ``captured_tokens``."""
-    lookup: float = Field(0.0, ge=0)
+    lookup: Seconds = 0.0
     """N-gram drafts: each token of each running request's context, every step."""
-    sampling_passes: float = Field(0.0, ge=0)
+    sampling_passes: float = Field(0.0, ge=0, le=1e6)
     """Passes over the float32 logits of every verified position."""
 
 

@@ -15,22 +15,26 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from drafttrain.config import Section
 
+# Far above any model.
+Size = Annotated[int, Field(ge=1, le=1 << 24)]
+SizeOrZero = Annotated[int, Field(ge=0, le=1 << 24)]
+
 
 class ModelShape(Section):
     """A causal language model."""
 
-    layers: int = Field(ge=1)
-    hidden_size: int = Field(ge=1)
-    heads: int = Field(ge=1)
-    kv_heads: int = Field(ge=1)
-    head_dim: int = Field(ge=1)
-    vocab_size: int = Field(ge=2)
-    intermediate_size: int = Field(0, ge=0)
+    layers: Size
+    hidden_size: Size
+    heads: Size
+    kv_heads: Size
+    head_dim: Size
+    vocab_size: Size
+    intermediate_size: SizeOrZero = 0
     """Width of the dense MLP; 0 when every layer is MoE."""
-    experts: int = Field(0, ge=0)
+    experts: SizeOrZero = 0
     """Experts in each layer; 0 for a dense model."""
-    experts_per_token: int = Field(0, ge=0)
-    expert_intermediate_size: int = Field(0, ge=0)
+    experts_per_token: SizeOrZero = 0
+    expert_intermediate_size: SizeOrZero = 0
 
     @model_validator(mode="after")
     def _one_kind_of_mlp(self) -> Self:
@@ -136,9 +140,9 @@ def read_shape(folder: Path) -> ModelShape:
         raise ValueError(f"{folder}/config.json cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{folder}/config.json is not an object")
-    missing = [key for key in _FIELDS.values() if key not in config]
-    if missing:
-        raise ValueError(f"{folder}/config.json has no {missing[0]}")
+    for key in _FIELDS.values():
+        if type(config.get(key)) is not int or config[key] < 1:
+            raise ValueError(f"{folder}/config.json: {key}: expected a whole number above 0")
     heads = config["num_attention_heads"]
     experts = config.get("num_experts", config.get("num_local_experts", 0)) or 0
     return ModelShape(

@@ -17,26 +17,31 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 from scipy.special import ndtri
 
-from drafttrain.config import Fraction, Section, parsed
+from drafttrain.config import Fraction, Seconds, Section, parsed
 from drafttrain.control.economics import EngineCost
 from drafttrain.errors import ConfigError
 from drafttrain.simulator.acceptance import Acceptance
-from drafttrain.simulator.hardware import BYTES, DeviceChoice, Engine, Precision, lookup
+from drafttrain.simulator.hardware import BYTES, DeviceChoice, Efficiency, Engine, Precision, lookup
 from drafttrain.simulator.models import DrafterKind, Model
 
 DATA = files("drafttrain.simulator")
+
+# Of a prompt or a response; far above any model's context.
+_MOST_TOKENS = 1 << 24
+# Of one replica in an RL step: the time of a simulation grows with the square of them.
+_MOST_REQUESTS = 1 << 14
 
 
 class Responses(Section):
     """Response lengths: log-normal up to a cap, at which generation stops, or as measured."""
 
-    median: float = Field(1000.0, gt=0)
+    median: float = Field(1000.0, gt=0, le=_MOST_TOKENS)
     """Median length if there were no cap."""
-    spread: float = Field(0.6, ge=0)
+    spread: float = Field(0.6, ge=0, le=10)
     """Standard deviation of the logarithm; 0: all alike. Above 1 the tail is heavy."""
-    cap: int = Field(1 << 20, ge=1)
+    cap: int = Field(1 << 20, ge=1, le=_MOST_TOKENS)
     """The most tokens a response may have."""
-    measured: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    measured: tuple[Annotated[int, Field(ge=1, le=_MOST_TOKENS)], ...] | None = None
     """Lengths of recorded responses, used instead."""
 
     @model_validator(mode="after")
@@ -74,7 +79,7 @@ class Cluster(Section):
     """Devices and how they are divided."""
 
     device: DeviceChoice
-    gpus: int = Field(ge=1)
+    gpus: int = Field(ge=1, le=1 << 20)
     tensor_parallel: int = Field(1, ge=1)
     """Devices in one replica of the engine; an MoE's experts are divided among them too."""
     generation_gpus: int | Literal["all", "best"] = "all"
@@ -102,12 +107,12 @@ class Cluster(Section):
 class Workload(Section):
     """The rollouts of one RL step."""
 
-    prompts: int = Field(ge=1)
-    samples: int = Field(8, ge=1)
+    prompts: int = Field(ge=1, le=1 << 20)
+    samples: int = Field(8, ge=1, le=1 << 20)
     """Responses to each prompt: the prompt group's size."""
-    prompt_tokens: int = Field(200, ge=0)
+    prompt_tokens: int = Field(200, ge=0, le=_MOST_TOKENS)
     responses: Responses = Responses()
-    slots: int = Field(1024, ge=1)
+    slots: int = Field(1024, ge=1, le=1 << 16)
     """Most requests that run at once in a replica (the engine's ``max_num_seqs``)."""
 
     @field_validator("responses", mode="before")
@@ -122,7 +127,7 @@ class DrafterConfig(Section):
     kind: DrafterKind = "eagle3"
     k: int = Field(3, ge=1, le=16)
     acceptance: Acceptance
-    draft_vocab: int = Field(32000, ge=2)
+    draft_vocab: int = Field(32000, ge=2, le=1 << 24)
     """Rows of an eagle3 drafter's head."""
     model: Model | None = None
     """The draft model, for kind ``draft_model``."""
@@ -137,9 +142,9 @@ class DrafterConfig(Section):
 class Online(Section):
     """Training the drafter beside the RL job."""
 
-    gpu_seconds: float = Field(0.0, ge=0)
+    gpu_seconds: Seconds = 0.0
     """GPU time of training on one policy version's rollouts, wherever it runs."""
-    swap: float = Field(0.05, ge=0)
+    swap: Seconds = 0.05
     """Seconds that the engines pause to load a new drafter, once in each RL step."""
     versions: int = Field(50, ge=1, le=10000)
     """RL steps to look ahead."""
@@ -151,15 +156,15 @@ class Pipeline(Section):
     lag: int = Field(0, ge=0, le=8)
     """Versions that the policy may move on between a rollout's start and its use; 0: synchronous.
     The rollouts of ``lag + 1`` steps are then under way at once."""
-    data: float = Field(0.0, ge=0)
-    prepare: float = Field(0.0, ge=0)
+    data: Seconds = 0.0
+    prepare: Seconds = 0.0
     """Weight synchronisation (refit) and waking the engines."""
-    logprob_gpu_seconds: float | None = Field(None, ge=0)
+    logprob_gpu_seconds: Seconds | None = None
     """Work of the log-prob pass; seconds are this over the training devices. When absent: from the
     model's operations."""
-    train_gpu_seconds: float | None = Field(None, ge=0)
+    train_gpu_seconds: Seconds | None = None
     """Work of the training stage, or the name of one in ``calibration.yaml``."""
-    training_efficiency: float = Field(0.3, gt=0, le=1)
+    training_efficiency: Efficiency = 0.3
     """Part of the device's bf16 (or fp32) rate that training reaches, when work is computed."""
 
     @field_validator("train_gpu_seconds", mode="before")
@@ -204,13 +209,32 @@ class Scenario(Section):
         return self
 
     @model_validator(mode="after")
+    def _can_be_simulated(self) -> Self:
+        cluster, workload = self.cluster, self.workload
+        chosen = cluster.generation_gpus
+        replicas = (cluster.gpus if isinstance(chosen, str) else chosen) // cluster.tensor_parallel
+        most = _MOST_REQUESTS * replicas
+        if workload.prompts * workload.samples > most:
+            problem = f"{workload.prompts} x {workload.samples} requests; expected at most {most}"
+            raise ValueError(f"workload.prompts: {problem} for {replicas} replicas")
+        return self
+
+    @model_validator(mode="after")
     def _fits(self) -> Self:
-        cluster = self.cluster
-        weights = self.policy.shared_weights + self.policy.expert_weights
+        if self.engine_cost is not None:
+            return self
+        cluster, policy = self.cluster, self.policy
+        weights = policy.shared_weights + policy.expert_weights
         each = weights * BYTES[cluster.precision] / cluster.tensor_parallel
-        if self.engine_cost is None and each >= cluster.device.memory * cluster.memory_for_kv:
+        room = cluster.device.memory * cluster.memory_for_kv - each
+        if room <= 0:
             problem = f"{each / 1e9:.0f} GB of weights on each device leave no room for KV"
             raise ValueError(f"cluster.tensor_parallel: {problem}")
+        share = max(1.0 / cluster.tensor_parallel, 1.0 / policy.kv_heads)
+        tokens = room / (policy.kv_width * BYTES[cluster.kv_precision] * share)
+        if self.workload.prompt_tokens >= tokens:
+            problem = f"{self.workload.prompt_tokens}; the KV cache holds {tokens:.0f} tokens"
+            raise ValueError(f"workload.prompt_tokens: {problem}")
         return self
 
 

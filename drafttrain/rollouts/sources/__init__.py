@@ -92,9 +92,11 @@ def read_rollouts(
             if len(reading.reasons) < _REASONS_KEPT:
                 reading.reasons.append(str(error))
     if not reading.rollouts:
-        first = f"; the first of {reading.skipped} skipped: {reading.reasons[0]}"
         names = ", ".join(map(str, paths))
-        raise RolloutError(names, "rollouts", "none found" + (first if reading.skipped else ""))
+        problem = "none found; expected one row at least"
+        if reading.skipped:
+            problem += f"; the first of {reading.skipped} skipped: {reading.reasons[0]}"
+        raise RolloutError(names, "rollouts", problem)
     return reading
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from drafttrain.errors import RolloutError
-from drafttrain.rollouts.record import prompt_group
+from drafttrain.rollouts.record import TEMPERATURES, is_temperature, prompt_group
 from drafttrain.rollouts.sources.samples import (
     Conversation,
     Sample,
@@ -18,6 +18,9 @@ from drafttrain.rollouts.sources.samples import (
     Text,
     Tokens,
 )
+
+# What a template's code may raise on messages that it was not written for, besides jinja's own.
+_REFUSALS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
 class Tokenizer(Protocol):
@@ -91,6 +94,8 @@ class Encoder:
         Some templates drop the reasoning of earlier answers: what the policy saw before its last
         answer is then no continuation of what it saw before the first.
         """
+        if not all(isinstance(tool, dict) for tool in sample.tools or ()):
+            raise RolloutError(where, "tools", "expected a list of objects")
         answers = [
             index
             for index, message in enumerate(sample.messages)
@@ -141,7 +146,7 @@ class Encoder:
                 tokenize=True,
                 return_dict=False,
             )
-        except (TemplateError, TypeError, KeyError) as error:
+        except (TemplateError, *_REFUSALS) as error:
             raise RolloutError(where, "messages", f"the chat template refused: {error}") from error
         return rendered
 
@@ -161,11 +166,14 @@ class Encoder:
         if rollout.prompt_length == 0:
             raise RolloutError(where, "tokens", "no prompt; expected one token at least")
         known = rollout.facts
+        temperature = self._temperature if known.temperature is None else known.temperature
+        if not is_temperature(temperature):
+            raise RolloutError(where, "temperature", f"{temperature}; expected {TEMPERATURES}")
         facts = replace(
             known,
             rollout_id=known.rollout_id or where,
             group=known.group or prompt_group(sample.tokens[: rollout.prompt_length]),
-            temperature=self._temperature if known.temperature is None else known.temperature,
+            temperature=temperature,
         )
         return replace(rollout, facts=facts)
 

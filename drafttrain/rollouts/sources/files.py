@@ -88,12 +88,27 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | RolloutError
 
 def _parsed(line: bytes, where: str) -> dict[str, Any] | RolloutError:
     try:
-        row: Any = json.loads(line)
+        text = line.decode("utf-8-sig")
+        row: Any = json.loads(text)
+        if not isinstance(row, dict):
+            return RolloutError(where, "line", f"{type(row).__name__}; expected a JSON object")
+        # Only an escape can bring in what is no text.
+        broken = [name for name in row if not _is_text(name, row[name])] if "\\u" in text else []
     except (ValueError, RecursionError) as error:
         return RolloutError(where, "line", f"is not JSON: {error}")
-    if not isinstance(row, dict):
-        return RolloutError(where, "line", f"{type(row).__name__}; expected a JSON object")
+    if broken:
+        name = ascii(broken[0])[1:-1]
+        return RolloutError(where, name, "half of a surrogate pair; expected Unicode text")
     return row
+
+
+def _is_text(*values: Any) -> bool:
+    """Whether every string is text, at any depth: JSON can write halves of surrogate pairs too."""
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parquet(path: Path) -> Iterator[pyarrow.RecordBatch]:

@@ -18,7 +18,7 @@ from typing import Any
 import msgpack
 
 from drafttrain.errors import RolloutError
-from drafttrain.rollouts.sources.samples import Facts, Sample, Tokens, integers, mask, take
+from drafttrain.rollouts.sources.samples import Facts, Sample, Tokens, integers, mask, number, take
 
 _FIELDS = (
     "input_ids",
@@ -50,8 +50,8 @@ def samples(path: Path) -> Iterator[tuple[str, list[Sample] | RolloutError]]:
         raise RolloutError(path, "file", f"is not whole msgpack: {error}") from error
     if not isinstance(batches, list):
         raise RolloutError(path, "file", "expected a list of micro batches")
-    for number, batch in enumerate(batches, start=1):
-        where = f"{path}:{number}"
+    for place, batch in enumerate(batches, start=1):
+        where = f"{path}:{place}"
         try:
             yield where, _unpack(batch, int(match[1]) if match else None, where)
         except RolloutError as error:
@@ -79,10 +79,12 @@ def _unpack(batch: Any, step: int | None, where: str) -> list[Sample]:
             end -= 1  # padding
         if any(sampled[start:end]):
             first = start + sampled[start:end].index(True)
+            sampling = {"temperatures": temperatures[first]}
+            take(sampling, "temperatures", (int, float), where)
             facts = Facts(
                 domain=str(environments[first]) or None,
                 policy_version=step,
-                temperature=float(temperatures[first]),
+                temperature=number(sampling, "temperatures", where),
             )
             found.append(Tokens(tokens[start:end], sampled[start:end], facts))
         start += length

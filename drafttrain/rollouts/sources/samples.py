@@ -6,6 +6,7 @@ from (:mod:`files`), not how text becomes tokens (:mod:`encoding`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -159,13 +160,21 @@ def maybe(row: Row, field: str, kind: type | tuple[type, ...], where: str) -> An
 
 
 def number(row: Row, field: str, where: str) -> float | None:
-    """A number of a row, or None.
+    """A finite number of a row, or None.
 
     Raises:
         RolloutError: it is something else; names the field.
     """
     value = maybe(row, field, (int, float), where)
-    return None if value is None else float(value)
+    if value is None:
+        return None
+    try:
+        found = float(value)
+    except OverflowError:
+        found = math.inf
+    if not math.isfinite(found):
+        raise RolloutError(where, field, f"{found}; expected a finite number")
+    return found
 
 
 def integers(row: Row, field: str, where: str) -> list[int]:

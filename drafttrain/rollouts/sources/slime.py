@@ -18,6 +18,7 @@ from drafttrain.rollouts.sources.samples import (
     integers,
     mask,
     maybe,
+    number,
     take,
 )
 
@@ -42,10 +43,12 @@ def convert(row: Row, where: str) -> list[Sample]:
     if row.get("loss_mask") is not None:
         sampled = mask(row, "loss_mask", response, where)
     reward = row.get("reward")
+    # Several by name are no number; true is one here.
+    single = {"reward": +reward} if isinstance(reward, int | float) else {}
     index = maybe(row, "index", int, where)
     facts = Facts(
         rollout_id=None if index is None else str(index),
-        finish_reason=_FINISH_REASONS.get(row.get("status", "")),
-        reward=float(reward) if isinstance(reward, int | float) else None,
+        finish_reason=_FINISH_REASONS.get(maybe(row, "status", str, where) or ""),
+        reward=number(single, "reward", where),
     )
     return [Tokens(tokens, [False] * (len(tokens) - response) + sampled, facts)]

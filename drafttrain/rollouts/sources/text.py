@@ -56,7 +56,7 @@ def messages(row: Row, field: str, where: str) -> list[dict[str, Any]]:
 
 
 def _message(entry: Any, field: str, where: str) -> dict[str, Any]:
-    if isinstance(entry, dict) and "from" in entry and "role" not in entry:
+    if isinstance(entry, dict) and isinstance(entry.get("from"), str) and "role" not in entry:
         role = _SHAREGPT_ROLES.get(entry["from"], entry["from"])
         entry = {"role": role, "content": entry.get("value")}
     if not isinstance(entry, dict) or not isinstance(entry.get("role"), str):
