@@ -19,6 +19,7 @@ from drafttrain.config import PretrainConfig
 from drafttrain.drafters.policy import PolicyShape, load_tokenizer
 from drafttrain.drafters.vocabulary import choose_vocabulary
 from drafttrain.errors import RolloutError, SpoolError
+from drafttrain.outputs import writing
 from drafttrain.rollouts.record import Rollout
 from drafttrain.rollouts.replay import Replay
 from drafttrain.rollouts.sources import Encoder, Reading, SavedRollout, read_rollouts
@@ -247,8 +248,9 @@ def _is_complete(inputs: Inputs, identity: dict[str, object]) -> bool:
 
 def _mark_complete(inputs: Inputs, identity: dict[str, object]) -> None:
     assert inputs.cache is not None
-    (inputs.cache / _MARKER).write_text(json.dumps(identity) + "\n")
-    (inputs.cache / _UNFINISHED).unlink()
+    with writing(inputs.cache, "cache"):
+        (inputs.cache / _MARKER).write_text(json.dumps(identity) + "\n")
+        (inputs.cache / _UNFINISHED).unlink()
 
 
 def _write_cache(path: Path, corpus: Corpus, teacher: Teacher, size: int, say: Say) -> None:
@@ -257,8 +259,9 @@ def _write_cache(path: Path, corpus: Corpus, teacher: Teacher, size: int, say: S
     if (path / "segments").exists() and not unfinished.exists():
         raise RolloutError(path, "cache", "is a spool of something else; name another folder")
     shutil.rmtree(path / "segments", ignore_errors=True)
-    path.mkdir(parents=True, exist_ok=True)
-    unfinished.touch()
+    with writing(path, "cache"):
+        path.mkdir(parents=True, exist_ok=True)
+        unfinished.touch()
     writer = SpoolWriter(path, "teacher")
     free = shutil.disk_usage(path).free
     say(f"features: {readable(size)} go to {path}, where {readable(free)} are free")

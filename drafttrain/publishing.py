@@ -14,6 +14,7 @@ from drafttrain.control.acceptance import AcceptanceEstimate, DraftSampleMethod
 from drafttrain.drafters import load_drafter
 from drafttrain.drafters.contract import Drafter, exact_dtype
 from drafttrain.drafters.policy import PolicyShape
+from drafttrain.outputs import writing
 
 UNTRAINED = Lineage(policy_versions=[], rollouts=0, tokens=0, optimizer_steps=0)
 
@@ -45,7 +46,8 @@ def publish_drafter(
 ) -> Manifest:
     """Export `drafter` and publish it; it is verified on the way."""
     with tempfile.TemporaryDirectory() as folder:
-        drafter.export(Path(folder), dtype)
+        with writing(Path(folder)):
+            drafter.export(Path(folder), dtype)
         return registry.publish(
             Path(folder),
             kind=drafter.kind,

@@ -12,9 +12,12 @@ error, never the RL job.
 
 from __future__ import annotations
 
+import fcntl
 import signal
 from collections.abc import Sequence
+from pathlib import Path
 from threading import Event
+from typing import BinaryIO
 
 import torch
 import watchfiles
@@ -28,6 +31,7 @@ from drafttrain.drafters import load_drafter
 from drafttrain.drafters.contract import Drafter
 from drafttrain.drafters.policy import PolicyShape
 from drafttrain.errors import ConfigError, EngineUnreachable
+from drafttrain.outputs import writing
 from drafttrain.publishing import as_manifest_entry, publish_drafter, publish_folder
 from drafttrain.rollouts.record import Rollout
 from drafttrain.rollouts.replay import Replay
@@ -52,10 +56,12 @@ class Sidecar:
 
         Raises:
             CheckpointError: the policy, the starting drafter, the registry or the state is wrong.
+            ConfigError: another sidecar works on the state.
         """
         self.config = config
         self.engines = engines
         self.stop = Event()
+        self._lock = _locked(config.state)
         self.events = EventLog(config.state / "events.jsonl")
         self.policy = PolicyShape.from_folder(config.target)
         self.registry = Registry(config.registry, config.registry_name)
@@ -73,7 +79,14 @@ class Sidecar:
         self._restore()
 
     def run(self) -> None:
-        """Work until :attr:`stop` is set; state is consistent whenever this returns or dies."""
+        """Work until :attr:`stop` is set; state is consistent whenever this returns or dies.
+
+        The state's lock is then given back: another sidecar may go on, this one may not.
+        """
+        with self._lock:
+            self._work()
+
+    def _work(self) -> None:
         self.events.append("started", step=self.trainer.step_count, serving=self.serving_version)
         while not self.stop.is_set():
             if self.replay.refresh():
@@ -131,9 +144,18 @@ class Sidecar:
         gate = self.config.gate
         verdict = judge(candidate, serving, margin=gate.margin, level=gate.level)
         self.events.append("judged", step=self.trainer.step_count, **vars(verdict))
-        if verdict.publish:
-            self._publish(candidate, verdict, held_out)
-        return verdict.publish
+        if not verdict.publish or self._is_overtaken():
+            return False
+        self._publish(candidate, verdict, held_out)
+        return True
+
+    def _is_overtaken(self) -> bool:
+        """Whether someone published or rolled back since; the next candidate is judged by that."""
+        latest = self.registry.latest() or self.serving_version
+        overtaken = latest != self.serving_version
+        if overtaken:
+            self.events.append("overtaken", judged_against=self.serving_version, latest=latest)
+        return overtaken
 
     def _estimate(self, drafter: Drafter, rollouts: list[Rollout]) -> AcceptanceEstimate:
         return estimate_acceptance(
@@ -224,6 +246,25 @@ class Sidecar:
         if (self.config.state / "trainer.safetensors").exists():
             progress = self.trainer.restore(self.config.state)
             self.tokens_on_current = progress["tokens_on_current"]
+
+
+def _locked(state: Path) -> BinaryIO:
+    """The state's lock, which dies with its holder.
+
+    Raises:
+        ConfigError: another sidecar holds it.
+        CheckpointError: the folder cannot be made or written.
+    """
+    with writing(state, "state"):
+        state.mkdir(parents=True, exist_ok=True)
+        lock = (state / ".lock").open("wb")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        problem = "another sidecar works on it; expected a folder of its own"
+        raise ConfigError(state, "state", problem) from error
+    return lock
 
 
 def run_until_signal(sidecar: Sidecar) -> None:

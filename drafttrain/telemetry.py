@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from drafttrain.outputs import make_folder, writing
+
 _log = logging.getLogger(__name__)
 
 
@@ -16,14 +18,18 @@ class EventLog:
     """An append-only file of events; each has ``time`` (Unix seconds) and ``event`` (its kind)."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         self.path = path
 
     def append(self, event: str, **fields: Any) -> dict[str, Any]:
-        """Write one event; returns it."""
+        """Write one event; returns it.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
         record = {"time": time.time(), "event": event, **fields}
         # One write of a short line in append mode: a reader or a kill never leaves two mixed.
-        with self.path.open("a") as file:
+        with writing(self.path, "file"), self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         _log.info("%s  %s", event, "  ".join(f"{k} {_short(v)}" for k, v in fields.items()))
         return record

@@ -74,7 +74,18 @@ def test_pretrain_improves_on_what_eval_says_of_the_start(folder: Path, tmp_path
     low, high = before["interval"]
     assert low <= before["acceptance_length"] <= high
     trained = json.loads(
-        run("pretrain", "--drafter", folder / "toy", "--registry", tmp_path, "--steps", 30, *common)
+        run(
+            "pretrain",
+            "--drafter",
+            folder / "toy",
+            "--registry",
+            tmp_path,
+            "--out",
+            tmp_path / "first",
+            "--steps",
+            30,
+            *common,
+        )
     )
     assert trained["acceptance_length"] > before["acceptance_length"]
     chosen = ("--set", "training.objective=tv", "--set", "training.learning_rate=1e-2")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import resource
 import shutil
 import sys
 from pathlib import Path
@@ -172,6 +173,61 @@ def test_export_writes_the_layout(kind: str, layout: str, folder: Path, tmp_path
     out = ("--out", tmp_path / "out", "--layout", layout)
     assert run("export", tmp_path / "made", "--target", policy, *out) == 0
     assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_a_folder_that_is_not_new_is_never_written(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder / "policy", tmp_path / "policy")
+    before = (tmp_path / "policy" / "model.safetensors").read_bytes()
+    target = ("--target", folder / "policy")
+    assert run("init", *target, "--out", tmp_path / "made") == 0
+    pretrain = ("--rollouts", folder / "spool", "--registry", tmp_path / "registry")
+    for command in (
+        ("init",),
+        ("export", tmp_path / "made", "--layout", "raw"),
+        ("pretrain", "--drafter", tmp_path / "made", *pretrain),
+    ):
+        capsys.readouterr()
+        assert run(*command, *target, "--out", tmp_path / "policy") == 2
+        said = capsys.readouterr().err
+        assert (
+            said
+            == f"drafttrain: {tmp_path}/policy: folder: exists already; expected a new folder\n"
+        )
+    assert (tmp_path / "policy" / "model.safetensors").read_bytes() == before
+    assert not (tmp_path / "registry").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    target = ("--target", folder / "policy")
+    assert run("init", *target, "--out", tmp_path / "made") == 0
+    pretrain = ("--rollouts", folder / "spool", "--registry", tmp_path / "registry")
+    for command in (("init",), ("pretrain", "--drafter", tmp_path / "made", *pretrain)):
+        for out in (tmp_path / "file" / "x", Path("/proc/x")):
+            capsys.readouterr()
+            assert run(*command, *target, "--out", out) == 2
+            said = capsys.readouterr().err
+            assert said.startswith(f"drafttrain: {out}: folder: cannot be written")
+            assert said.count("\n") == 1
+    assert not (tmp_path / "registry").exists()
+
+
+def test_a_full_disk_leaves_no_half_drafter(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        status = run("init", "--target", folder / "policy", "--out", tmp_path / "made")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2
+    assert "made: folder: cannot be written" in capsys.readouterr().err
+    assert not (tmp_path / "made").exists()
 
 
 def test_a_layout_that_a_kind_has_not_is_refused(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "drafttrain"
-FOUNDATION = {"errors", "config", "tensorfile"}
+FOUNDATION = {"errors", "config", "tensorfile", "outputs"}
 DATA = FOUNDATION | {"checkpoints", "rollouts"}
 LEARNING = DATA | {"drafters"}
 LOOPS = LEARNING | {"training", "control", "telemetry"}
@@ -23,6 +23,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
     "config": ({"errors"}, {"pydantic", "yaml"}),
     "tensorfile": ({"errors"}, {"torch", "safetensors"}),
+    "outputs": ({"errors"}, {"safetensors"}),
     "checkpoints": (FOUNDATION, TORCH),
     "rollouts": (FOUNDATION, TORCH | {"pyarrow", "msgpack", "jinja2"}),
     "drafters": (DATA, TORCH | {"transformers", "huggingface_hub", "peft"}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -17,7 +18,9 @@ import yaml
 from drafttrain.checkpoints.registry import Registry
 from drafttrain.checkpoints.verify import verify
 from drafttrain.config import SidecarConfig, load_config
-from drafttrain.errors import ConfigError
+from drafttrain.control.gate import Verdict
+from drafttrain.errors import ConfigError, InputError
+from drafttrain.publishing import publish_folder
 from drafttrain.rollouts.spool import SpoolWriter
 from drafttrain.sidecar import Sidecar
 from drafttrain.telemetry import EventLog
@@ -136,6 +139,55 @@ def test_an_empty_registry_without_a_drafter_is_refused(folder: Path) -> None:
     config = config_of(folder).model_copy(update={"drafter": None})
     with pytest.raises(ConfigError, match="registry is empty"):
         Sidecar(config, engines=[])
+
+
+def test_a_candidate_is_not_published_over_what_it_was_not_judged_against(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sidecar = Sidecar(config_of(folder), engines=[])
+    sidecar.replay.refresh()
+
+    def publish_meanwhile(*_: object, **__: object) -> Verdict:
+        publish_folder(folder / "first", folder / "policy", sidecar.registry)
+        return Verdict(publish=True, gain=1.0, interval=(1.0, 1.0), candidate=2.0, serving=1.0)
+
+    monkeypatch.setattr("drafttrain.sidecar.judge", publish_meanwhile)
+    assert not sidecar._offer_candidate()
+    assert sidecar.registry.versions() == [1, 2]
+    (event,) = events(folder, "overtaken")
+    assert (event["judged_against"], event["latest"]) == (1, 2)
+    sidecar._catch_up_engines()
+    assert sidecar.serving_version == 2
+
+
+def test_a_second_sidecar_on_the_same_state_is_refused(folder: Path) -> None:
+    first = Sidecar(config_of(folder), engines=[])
+    with pytest.raises(ConfigError, match="state: another sidecar works on it"):
+        Sidecar(config_of(folder), engines=[])
+    first.stop.set()
+    first.run()
+    Sidecar(config_of(folder), engines=[])
+
+
+@pytest.mark.parametrize("key", ["state", "spool", "registry"])
+def test_a_folder_that_cannot_be_made_is_named(folder: Path, key: str) -> None:
+    (folder / "file").touch()
+    for place in (folder / "file", folder / "file" / "inside", Path("/proc/x")):
+        config = config_of(folder).model_copy(update={key: place})
+        with pytest.raises(InputError, match=f"{place}: .*cannot be"):
+            Sidecar(config, engines=[])
+
+
+def test_a_full_disk_ends_it_with_a_name(folder: Path) -> None:
+    sidecar = Sidecar(config_of(folder), engines=[])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"trainer.safetensors: state: cannot be written"):
+            sidecar._save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list((folder / "state").glob("trainer*"))
 
 
 def test_unknown_keys_are_named(folder: Path) -> None:

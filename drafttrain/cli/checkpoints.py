@@ -48,23 +48,33 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    from drafttrain.drafters import MTPDrafter, PolicyShape, load_drafter
+    from drafttrain.outputs import check_new_folder, new_folder
+
+    check_new_folder(options.out)
+    drafter = load_drafter(options.folder, PolicyShape.from_folder(options.target))
+    if options.layout == "policy" and isinstance(drafter, MTPDrafter):
+        drafter.stitch(options.target, options.out)
+    else:
+        with new_folder(options.out):
+            _export_drafter(drafter, options)
+    print(f"{options.out}: {drafter.kind} drafter, layout {options.layout}")
+
+
+def _export_drafter(drafter: Any, options: argparse.Namespace) -> None:
     import torch
 
-    from drafttrain.drafters import Eagle3Drafter, MTPDrafter, PolicyShape, load_drafter
+    from drafttrain.drafters import Eagle3Drafter
 
-    drafter = load_drafter(options.folder, PolicyShape.from_folder(options.target))
     if options.layout == "raw":
         drafter.export(options.out, torch.float32)
     elif options.layout == "speculators" and isinstance(drafter, Eagle3Drafter):
         drafter.export_speculators(options.out, options.target, k=options.k)
     elif options.layout == "sglang" and isinstance(drafter, Eagle3Drafter):
         drafter.export_sglang(options.out)
-    elif options.layout == "policy" and isinstance(drafter, MTPDrafter):
-        drafter.stitch(options.target, options.out)
     else:
         problem = f"{options.layout}: no layout of kind {drafter.kind}"
         raise CheckpointError(options.folder, "--layout", problem)
-    print(f"{options.out}: {drafter.kind} drafter, layout {options.layout}")
 
 
 def _publish(options: argparse.Namespace) -> None:

@@ -115,12 +115,15 @@ def _init(options: argparse.Namespace) -> None:
     import torch
 
     from drafttrain.drafters import KINDS, PolicyShape
+    from drafttrain.outputs import check_new_folder, new_folder
 
+    check_new_folder(options.out)
     torch.manual_seed(options.seed)
     policy = PolicyShape.from_folder(options.target)
     chosen = _init_options(options)
     drafter = KINDS[options.kind].from_policy(options.target, policy, **chosen)
-    drafter.export(options.out, torch.float32)
+    with new_folder(options.out):
+        drafter.export(options.out, torch.float32)
     print(f"{options.out}: a new {options.kind} drafter for {options.target}")
 
 

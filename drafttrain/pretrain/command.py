@@ -17,6 +17,7 @@ from drafttrain.drafters.contract import Drafter
 from drafttrain.drafters.policy import PolicyShape
 from drafttrain.errors import ConfigError
 from drafttrain.opening import Inputs, Opened, Say, open_corpus
+from drafttrain.outputs import check_new_folder, make_folder, writing
 from drafttrain.pretrain.memory import MemoryPlan, fit_microbatch, predict
 from drafttrain.pretrain.report import memory_bound_cost, write_report
 from drafttrain.pretrain.run import Pretraining, PretrainReport, Progress
@@ -76,11 +77,10 @@ def run_pretrain(
     Raises:
         CheckpointError: the policy, the drafter or the registry is wrong.
         RolloutError: the rollouts are.
-        ConfigError: the settings do not fit, or an unfinished run is in the way.
+        ConfigError: the settings do not fit, or an unfinished run is in the way, or none is there
+            to continue.
     """
-    unfinished = (command.out / _STATE).exists()
-    if unfinished and not command.resume:
-        raise ConfigError(command.out, "run", "is unfinished; --resume continues it, or delete it")
+    _open_out(command)
     devices = Devices(sharded=command.sharded)
     say = say if devices.rank == 0 else lambda sentence: None
     shape = PolicyShape.from_folder(command.inputs.target)
@@ -112,9 +112,24 @@ def run_pretrain(
         return None
     manifest = _publish(command, registry, finished, report, opened)
     cost = memory_bound_cost(registry.folder(manifest.version), command.inputs.target)
-    path = write_report(command.out, manifest, report, estimates, cost)
+    with writing(command.out, f"report of version {manifest.version}, which is published"):
+        path = write_report(command.out, manifest, report, estimates, cost)
     (command.out / _STATE).unlink(missing_ok=True)
     return Pretrained(manifest, report, path)
+
+
+def _open_out(command: PretrainCommand) -> None:
+    """Whether `out` can take the run is known before hours go into it."""
+    with writing(command.out):
+        unfinished = (command.out / _STATE).exists()
+    if command.resume and not unfinished:
+        problem = "there is nothing to resume: no unfinished run has saved its state here"
+        raise ConfigError(command.out, "run", problem)
+    if unfinished and not command.resume:
+        raise ConfigError(command.out, "run", "is unfinished; --resume continues it, or delete it")
+    if not command.resume:
+        check_new_folder(command.out)
+    make_folder(command.out)
 
 
 def _open(command: PretrainCommand, drafter: Drafter, say: Say, devices: Devices) -> Opened:

@@ -58,8 +58,7 @@ class Replay:
                 that it lies behind the newest; 1 samples all alike.
 
         Raises:
-            RolloutError: there is no spool, and `evict` is false.
-            SpoolError: the spool cannot be created.
+            RolloutError: there is no spool, and `evict` is false; or it cannot be created.
         """
         self.root = Path(root)
         self.segments_folder = self.root / "segments"
@@ -164,7 +163,8 @@ class Replay:
             if self._evict:
                 self.segments_folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise SpoolError(f"{self.root}: cannot be created: {error.strerror}") from error
+            problem = f"cannot be created: {error.strerror}"
+            raise RolloutError(self.root, "spool", problem) from error
         if not self.segments_folder.is_dir():
             raise RolloutError(self.root, "segments", "missing; expected a spool folder")
 

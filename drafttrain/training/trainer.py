@@ -20,6 +20,7 @@ from drafttrain.config import TrainingConfig
 from drafttrain.drafters.batch import Batch, make_batch, split_by_tokens
 from drafttrain.drafters.contract import Drafter
 from drafttrain.errors import CheckpointError, RolloutError
+from drafttrain.outputs import writing
 from drafttrain.rollouts.record import FeatureLayout, PolicyHead, Rollout
 from drafttrain.training.average import WeightAverage
 from drafttrain.training.devices import Devices, divided_as, whole, whole_copy
@@ -250,6 +251,9 @@ class Trainer:
         Args:
             folder: the state's folder; its ``trainer.safetensors`` is replaced atomically.
             progress: what else the caller must remember, as JSON.
+
+        Raises:
+            CheckpointError: it cannot be written; an earlier state is as it was.
         """
         tensors = {f"drafter.{name}": t for name, t in _distinct(self.drafter).items()}
         tensors |= {f"average.{name}": t for name, t in _distinct(self._averaged).items()}
@@ -266,12 +270,16 @@ class Trainer:
             "tokens_seen": self.tokens_seen,
             "progress": progress,
         }
-        folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / "trainer.safetensors.tmp"
-        save_file(tensors, temporary, metadata={"drafttrain": json.dumps(document)})
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(folder / "trainer.safetensors")
+        with writing(folder / "trainer.safetensors", "state"):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                save_file(tensors, temporary, metadata={"drafttrain": json.dumps(document)})
+                with temporary.open("rb+") as file:
+                    os.fsync(file.fileno())
+                temporary.replace(folder / "trainer.safetensors")
+            finally:
+                temporary.unlink(missing_ok=True)  # gone, once it has its name
 
     def restore(self, folder: Path) -> dict[str, Any]:
         """Continue from :meth:`save`; returns the caller's progress.

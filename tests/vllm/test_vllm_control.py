@@ -21,7 +21,7 @@ from drafttrain.integrations.vllm.control import (
 from drafttrain.integrations.vllm.settings import engine_settings
 from drafttrain.integrations.vllm.versions import PolicyVersion
 
-TOKEN = "correct horse"
+TOKEN = "correct-horse"
 
 
 class Workers:
@@ -98,8 +98,8 @@ def test_tokens_come_from_the_file_or_the_environment(
 ) -> None:
     monkeypatch.delenv("DRAFTTRAIN_TOKEN", raising=False)
     assert read_token(None) is None
-    monkeypatch.setenv("DRAFTTRAIN_TOKEN", "from outside")
-    assert read_token(None) == "from outside"
+    monkeypatch.setenv("DRAFTTRAIN_TOKEN", "from-outside\n")
+    assert read_token(None) == "from-outside"
     file = tmp_path / "token"
     with pytest.raises(ConfigError, match="cannot be read"):
         read_token(file)
@@ -108,6 +108,19 @@ def test_tokens_come_from_the_file_or_the_environment(
         read_token(file)
     file.write_text(f"{TOKEN}\n")
     assert read_token(file) == TOKEN
+
+
+@pytest.mark.parametrize("token", ["first\nsecond", "two words", "schlüssel", "bell\a"])
+def test_a_token_that_no_header_can_carry_is_refused_and_never_shown(
+    token: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "token").write_text(token)
+    monkeypatch.setenv("DRAFTTRAIN_TOKEN", token)
+    for source, named in ((tmp_path / "token", str(tmp_path)), (None, "DRAFTTRAIN_TOKEN")):
+        with pytest.raises(ConfigError, match="printable ASCII") as refused:
+            read_token(source)
+        assert named in str(refused.value)
+        assert token[:4] not in str(refused.value).replace(str(tmp_path), "")
 
 
 def test_settings_refuse_what_they_do_not_know() -> None:

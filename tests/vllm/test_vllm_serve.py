@@ -23,7 +23,7 @@ from drafttrain.checkpoints.registry import Registry
 from drafttrain.errors import EngineError
 from drafttrain.integrations.vllm.client import EngineClient
 
-TOKEN = "a token of the test"
+TOKEN = "a-token-of-the-test"
 
 
 @pytest.fixture(scope="module")

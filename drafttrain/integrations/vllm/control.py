@@ -64,16 +64,24 @@ def read_token(token_file: Path | None) -> str | None:
     """The bearer token: from the file, else from ``DRAFTTRAIN_TOKEN``, else None (no guard).
 
     Raises:
-        ConfigError: the file is unreadable or empty.
+        ConfigError: the file is unreadable or empty, or what it holds cannot stand in a header.
     """
     if token_file is None:
-        return os.environ.get(TOKEN_VARIABLE) or None
+        found = os.environ.get(TOKEN_VARIABLE)
+        return _checked_token(found, "environment", TOKEN_VARIABLE) if found else None
     try:
-        token = token_file.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(token_file, "token", f"cannot be read: {error}") from error
+        return _checked_token(token_file.read_bytes().decode("latin-1"), token_file, "token")
+    except OSError as error:
+        raise ConfigError(token_file, "token", f"cannot be read: {error.strerror}") from error
+
+
+def _checked_token(found: str, where: str | Path, field: str) -> str:
+    """No message ever quotes it."""
+    token = found.strip()
     if not token:
-        raise ConfigError(token_file, "token", "the file is empty")
+        raise ConfigError(where, field, "is empty; expected a token")
+    if not (token.isascii() and token.isprintable() and " " not in token):
+        raise ConfigError(where, field, "expected printable ASCII characters without spaces")
     return token
 
 
