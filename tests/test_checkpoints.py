@@ -90,6 +90,7 @@ def test_eagle3_tensors_are_those_of_the_engine() -> None:
         ({"hidden_size": None}, "hidden_size"),
         ({"hidden_size": "8"}, "hidden_size"),
         ({"intermediate_size": -1}, "intermediate_size"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
         ({"vocab_size": 21}, "vocab_size"),
         ({"target_hidden_size": 16}, "target_hidden_size"),
         ({"draft_vocab_size": 21}, "draft_vocab_size"),

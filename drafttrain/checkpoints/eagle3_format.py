@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from drafttrain.checkpoints.decoder_format import ExpectedTensors, Shapes
-from drafttrain.checkpoints.manifest import Size
+from drafttrain.checkpoints.manifest import Parts, Size
 from drafttrain.config import explain
 from drafttrain.errors import CheckpointError
 
@@ -54,14 +54,14 @@ class Eagle3Config(BaseModel):
     intermediate_size: Size
     num_attention_heads: Size
     num_key_value_heads: Size
-    num_hidden_layers: Size
+    num_hidden_layers: Parts
     head_dim: Size
     vocab_size: Size
     """Of the target."""
     draft_vocab_size: Size
     target_hidden_size: Size
     eagle_aux_hidden_state_layer_ids: list[int]
-    num_aux_hidden_states: Size
+    num_aux_hidden_states: Parts
     norm_before_residual: bool = False
     norm_before_fc: bool = False
     fc_norm: bool = False
