@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
-from drafttrain.cli.arguments import above_zero, add_command, numbers, positive, setting
+from drafttrain.cli.arguments import above_zero, add_command, numbers, positive, seed, setting
 from drafttrain.errors import ConfigError
 
 
@@ -25,7 +26,7 @@ def _add_init(commands: Any) -> None:
     init.add_argument("--target", type=Path, required=True, help="the policy's folder")
     init.add_argument("--kind", choices=["eagle3", "mtp", "draft_model"], default="eagle3")
     init.add_argument("--out", type=Path, required=True, help="folder for the drafter")
-    init.add_argument("--seed", type=int, default=0)
+    init.add_argument("--seed", type=seed, default=0)
     init.add_argument(
         "--layers", type=numbers, help="eagle3: aux layers it reads; draft_model: layers it takes"
     )
@@ -61,7 +62,7 @@ def _add_pretrain(pretrain: argparse.ArgumentParser) -> None:
     pretrain.add_argument("--learning-rate", type=above_zero)
     pretrain.add_argument("--patience", type=positive, help="estimates without gain")
     pretrain.add_argument("--evaluate-every", type=positive, help="steps")
-    pretrain.add_argument("--seed", type=int)
+    pretrain.add_argument("--seed", type=seed)
     pretrain.add_argument(
         "--set", type=setting, action="append", default=[], metavar="KEY=VALUE",
         help="any other setting, as training.objective=tv; more than once",
@@ -100,7 +101,9 @@ def _add_inputs(command: argparse.ArgumentParser) -> None:
         default="transformers",
         help="what runs the policy for features",
     )
-    command.add_argument("--policy-dtype", default="auto")
+    command.add_argument(
+        "--policy-dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto"
+    )
     command.add_argument("--device-map", help="as transformers takes it: auto, ...")
     command.add_argument("--json", action="store_true")
 
@@ -167,7 +170,11 @@ def _pretrain(options: argparse.Namespace) -> None:
         memory=None if options.memory is None else int(options.memory * 2**30),
         sharded=options.shard,
     )
-    summary = show_pretrain(command, quiet=options.json)
+    try:
+        summary = show_pretrain(command, quiet=options.json)
+    except KeyboardInterrupt:
+        print(f"drafttrain: interrupted; {command.kept()}", file=sys.stderr)
+        raise
     if options.json and summary is not None:
         print(json.dumps(summary))
 
