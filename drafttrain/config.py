@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from drafttrain.errors import ConfigError, InputError
 
@@ -18,6 +19,27 @@ ObjectiveName = Literal[
 ]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(ge=0, le=1e9)]
+
+
+def engine_url(text: str) -> str:
+    """`text`, if it is the URL of a server.
+
+    Raises:
+        ValueError: it is none, and says what one looks like.
+    """
+    try:
+        parts = urlsplit(text)
+        sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        sound = False
+    if not sound or not text.isprintable() or " " in text:
+        raise ValueError("expected a URL as http://127.0.0.1:8000")
+    return text
+
+
+EngineURL = Annotated[str, AfterValidator(engine_url)]
+# What every generator takes: torch's, Python's, and numpy's in an engine.
+Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
 
 
 class Section(BaseModel):
@@ -52,7 +74,7 @@ class TrainingConfig(Section):
     gradient_clip: float = Field(1.0, gt=0)
     tokens_per_step: int = Field(2048, ge=1)
     """Rollout tokens in one optimizer step."""
-    seed: int = 0
+    seed: Seed = 0
     precision: Literal["float32", "bfloat16"] = "float32"
     """What is computed in; the drafter's own weights stay float32."""
     train_head: bool = True
@@ -136,11 +158,11 @@ class SidecarConfig(Section):
     """Where trainer state and the event log are kept; a restart continues from here."""
     drafter: Path | None = None
     """Drafter to start from when the registry is empty; a new Eagle3 one when absent."""
-    engines: list[str] = []
+    engines: list[EngineURL] = []
     """URLs of the engines whose drafter is kept fresh."""
     token_file: Path | None = None
     """File with the engines' bearer token."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, le=4096)
     """CPU threads for training; all when absent."""
     passes_per_rollout: float = Field(8.0, gt=0)
     """Training waits for new rollouts once it has seen each token about this often."""
@@ -175,7 +197,9 @@ def parsed(section: type[_Section], text: str, where: str | Path) -> _Section:
     """
     try:
         document: Any = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except RecursionError as error:
+        raise ConfigError(where, "file", "is nested too deeply") from error
+    except (yaml.YAMLError, ValueError) as error:  # of a date that is none, say
         problem = " ".join(str(error).split())
         raise ConfigError(where, "file", f"is not YAML: {problem}") from error
     if not isinstance(document, dict):

@@ -16,6 +16,13 @@ import pytest
 from transformers import Qwen3ForCausalLM
 
 from drafttrain.cli.arguments import print_json
+from drafttrain.cli.engines import _by_version, _status_row
+from drafttrain.integrations.vllm.messages import (
+    Acceptance,
+    EngineStatus,
+    TapCounters,
+    VersionAcceptance,
+)
 from drafttrain.rollouts.spool import SpoolWriter
 
 POLICY = making.policy_shape()
@@ -141,6 +148,7 @@ def test_a_spool_that_is_none(folder: Path, tmp_path: Path) -> None:
         ("min_gain.more=1", "min_gain"),
         ("patience=-1", "patience"),
         ("objective", "KEY=VALUE"),
+        ("training.seed=99999999999999999999999", "training.seed"),
     ],
 )
 def test_a_setting_that_is_none(folder: Path, tmp_path: Path, setting: str, named: str) -> None:
@@ -190,6 +198,27 @@ def test_an_engine_that_does_not_answer() -> None:
     assert result.returncode == 1
     assert "127.0.0.1:9" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:18431", "", "http://127.0.0.1:99999999", "http://:80"])
+def test_an_engine_s_url_that_is_none(url: str) -> None:
+    result = call("status", "--engine", url)
+    assert result.returncode == 2
+    assert "--engine" in result.stderr.splitlines()[-1]
+    assert "expected a URL as http://" in result.stderr.splitlines()[-1]
+
+
+def test_the_version_that_serves_is_marked_whatever_was_counted() -> None:
+    status = EngineStatus(
+        plugin="", vllm="", engine="one", method="eagle3", num_draft_tokens=3,
+        draft_sample_method=None, policy_version=0, drafter_version=2, drafter_sha=None, swaps=1,
+        acceptance=Acceptance(), tap=TapCounters(), cpu_sampler_corrected=False,
+        acceptance_by_version=[VersionAcceptance(drafter_version=1, requests=7)],
+    )  # fmt: skip
+    rows = [_status_row(status, found, first=False) for found in _by_version(status)]
+    assert [row[1:3] for row in rows] == [["1", "7"], ["2 *", "0"]]
+    counted = status.model_copy(update={"drafter_version": 1})
+    assert [_status_row(counted, v, first=True)[1] for v in _by_version(counted)] == ["1 *"]
 
 
 @pytest.fixture

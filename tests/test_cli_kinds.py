@@ -216,6 +216,15 @@ def test_a_folder_that_cannot_be_written_is_named(
     assert not (tmp_path / "registry").exists()
 
 
+@pytest.mark.parametrize("option", ["--seed=99999999999999999999999", "--seed=-1"])
+def test_a_seed_that_is_none(
+    option: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = ("--out", tmp_path / "made")
+    assert run("init", "--target", folder / "policy", *made, option) == 2
+    assert "--seed" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_full_disk_leaves_no_half_drafter(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

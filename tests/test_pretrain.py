@@ -222,6 +222,29 @@ def test_a_version_continues_with_its_parent_named(files: Path, tmp_path: Path) 
     assert (result.manifest.version, result.manifest.parent) == (2, 1)
 
 
+def test_what_is_interrupted_says_what_it_leaves(files: Path, tmp_path: Path) -> None:
+    """Nothing to resume, before a state is saved; a state, after."""
+    with pytest.raises(ConfigError, match="nothing to resume"):
+        run_pretrain(command(files, tmp_path, resume=True))
+    process = subprocess.Popen(
+        [sys.executable, *arguments(files, tmp_path, "--steps", 10**6, "--patience", 10**6)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "trainer.safetensors").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said == (
+        f"drafttrain: interrupted; {tmp_path}/run keeps its last saved state, "
+        "and --resume continues from there\n"
+    )
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
 def test_too_little_memory_is_said_and_more_is_used(files: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="do not hold even the smallest microbatch"):
         run_pretrain(command(files, tmp_path, memory=1000))

@@ -199,6 +199,30 @@ def test_unknown_keys_are_named(folder: Path) -> None:
     assert stderr.strip() == f"drafttrain: {path}: gates: unknown key"
 
 
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("threads: 100000000000", "threads: "),
+        ("engines: ['127.0.0.1:18431']", "engines.0: "),
+        ("engines: ['']", "engines.0: "),
+        ("engines: ['http://127.0.0.1:99999999']", "engines.0: "),
+        ("training: {seed: 99999999999999999999999}", "training.seed: "),
+        ("a: " + "[" * 3000, "file: is nested too deeply"),
+        ("a: 2026-99-99", "file: is not YAML"),
+        ("a: " + "9" * 5000, "file: is not YAML"),
+    ],
+)
+def test_a_value_that_is_none_is_named(line: str, named: str, tmp_path: Path) -> None:
+    path = tmp_path / "sidecar.yaml"
+    path.write_text("".join(f"{key}: x\n" for key in ("target", "spool", "registry", "state")))
+    load_config(path)
+    path.write_text(path.read_text() + line)
+    with pytest.raises(ConfigError) as refused:
+        load_config(path)
+    assert str(refused.value).startswith(f"{path}: {named}")
+    assert "\n" not in str(refused.value)
+
+
 def test_a_missing_policy_is_named(folder: Path) -> None:
     path = folder / "sidecar.yaml"
     path.write_text(path.read_text().replace(str(folder / "policy"), str(folder / "nowhere")))

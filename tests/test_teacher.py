@@ -12,7 +12,7 @@ from offline_files import write_policy
 from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from drafttrain.errors import CheckpointError
+from drafttrain.errors import CheckpointError, ConfigError
 from drafttrain.rollouts.sources.samples import Facts, SavedRollout
 from drafttrain.training.teacher import TransformersTeacher
 
@@ -128,6 +128,14 @@ def test_a_policy_that_lacks_a_tensor(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj"):
         TransformersTeacher(tmp_path, (1, 2, 3))
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "foo", "meta"])
+def test_a_device_that_is_none(device: str, tmp_path: Path) -> None:
+    write_policy(tmp_path)
+    with pytest.raises(ConfigError, match=f"policy: device_map: {device}: ") as refused:
+        TransformersTeacher(tmp_path, (1,), device_map=device)
+    assert "\n" not in str(refused.value)
 
 
 def test_only_safetensors_are_loaded(tmp_path: Path) -> None:

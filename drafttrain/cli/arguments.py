@@ -39,6 +39,24 @@ def positive(text: str) -> int:
     return value
 
 
+def seed(text: str) -> int:
+    """An argument that is a seed."""
+    value = int(text)
+    if not 0 <= value < 1 << 32:
+        raise argparse.ArgumentTypeError(f"{value}; expected 0 to {(1 << 32) - 1}")
+    return value
+
+
+def url(text: str) -> str:
+    """An argument that is an engine's URL."""
+    from drafttrain.config import engine_url
+
+    try:
+        return engine_url(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r:.80}; {error}") from None
+
+
 def above_zero(text: str) -> float:
     """An argument that is a number above 0."""
     value = float(text)

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from drafttrain.cli.arguments import add_command
+from drafttrain.cli.arguments import add_command, url
 from drafttrain.errors import CheckpointError, EngineError
 
 
@@ -19,7 +19,7 @@ def add_commands(commands: Any) -> None:
     ):
         command = add_command(commands, name, run, text)
         command.add_argument(
-            "--engine", dest="engines", action="append", required=True, metavar="URL",
+            "--engine", dest="engines", action="append", required=True, metavar="URL", type=url,
             help="give it once for each engine",
         )  # fmt: skip
         command.add_argument("--token-file", type=Path, help="file with the bearer token")
@@ -44,22 +44,33 @@ def _status(options: argparse.Namespace) -> None:
 
     table = Table("engine", "drafter", "requests", "acceptance", "by position", "at k", "tap")
     for status in statuses:
-        for row, of_version in enumerate(status.acceptance_by_version or [None]):
+        for row, of_version in enumerate(_by_version(status)):
             table.add_row(*_status_row(status, of_version, first=row == 0))
     Console().print(table)
 
 
+def _by_version(status: Any) -> list[Any]:
+    """What the engine counted of each version; of the one that serves, even if nothing yet."""
+    from drafttrain.integrations.vllm.messages import VersionAcceptance
+
+    counted = list(status.acceptance_by_version)
+    if status.drafter_version not in [found.drafter_version for found in counted]:
+        counted.append(VersionAcceptance(drafter_version=status.drafter_version))
+    return counted
+
+
 def _status_row(status: Any, acceptance: Any, *, first: bool) -> list[str]:
-    """One drafter version of one engine; what is the engine's own stands in its first row."""
+    """One drafter version of one engine, with a star if it serves.
+
+    What is the engine's own stands in its first row.
+    """
     tap = status.tap
     written = f"{tap.written} written, {tap.dropped} dropped" if tap.capturing else "off"
     method = status.method or "no speculation"
     engine = [status.engine, str(status.num_draft_tokens), tap.unavailable or written]
     name, k, about_tap = engine if first else ["", "", ""]
-    if acceptance is None:
-        return [name, str(status.drafter_version or method), "0", "", "", k, about_tap]
     version, length = acceptance.drafter_version, acceptance.acceptance_length
-    serving = " *" if version == status.drafter_version else ""
+    serving = " *" if status.method and version == status.drafter_version else ""
     return [
         name,
         f"{version or method}{serving}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from drafttrain.cli.arguments import (
     numbers,
     positive,
     print_json,
+    seed,
     setting,
 )
 from drafttrain.errors import ConfigError
@@ -31,7 +33,7 @@ def _add_init(commands: Any) -> None:
     init.add_argument("--target", type=Path, required=True, help="the policy's folder")
     init.add_argument("--kind", choices=["eagle3", "mtp", "draft_model"], default="eagle3")
     init.add_argument("--out", type=Path, required=True, help="folder for the drafter")
-    init.add_argument("--seed", type=int, default=0)
+    init.add_argument("--seed", type=seed, default=0)
     init.add_argument(
         "--layers", type=numbers, help="eagle3: aux layers it reads; draft_model: layers it takes"
     )
@@ -67,7 +69,7 @@ def _add_pretrain(pretrain: argparse.ArgumentParser) -> None:
     pretrain.add_argument("--learning-rate", type=above_zero)
     pretrain.add_argument("--patience", type=positive, help="estimates without gain")
     pretrain.add_argument("--evaluate-every", type=positive, help="steps")
-    pretrain.add_argument("--seed", type=int)
+    pretrain.add_argument("--seed", type=seed)
     pretrain.add_argument(
         "--set", type=setting, action="append", default=[], metavar="KEY=VALUE",
         help="any other setting, as training.objective=tv; more than once",
@@ -106,7 +108,9 @@ def _add_inputs(command: argparse.ArgumentParser) -> None:
         default="transformers",
         help="what runs the policy for features",
     )
-    command.add_argument("--policy-dtype", default="auto")
+    command.add_argument(
+        "--policy-dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto"
+    )
     command.add_argument("--device-map", help="as transformers takes it: auto, ...")
     command.add_argument("--json", action="store_true")
 
@@ -173,7 +177,11 @@ def _pretrain(options: argparse.Namespace) -> None:
         memory=None if options.memory is None else int(options.memory * 2**30),
         sharded=options.shard,
     )
-    summary = show_pretrain(command, quiet=options.json)
+    try:
+        summary = show_pretrain(command, quiet=options.json)
+    except KeyboardInterrupt:
+        print(f"drafttrain: interrupted; {command.kept()}", file=sys.stderr)
+        raise
     if options.json and summary is not None:
         print_json(summary)
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from drafttrain.cli.arguments import add_command, positive
+from drafttrain.cli.arguments import add_command, positive, seed
 
 
 def add_commands(commands: Any) -> None:
@@ -15,7 +15,7 @@ def add_commands(commands: Any) -> None:
     )
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the results")
     demo.add_argument("--rl-steps", type=positive, default=None, help="number of RL steps")
-    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--seed", type=seed, default=0)
     report = add_command(commands, "report", _report, "table and plot of a finished run")
     report.add_argument("run", type=Path, metavar="RUN_DIR")
 

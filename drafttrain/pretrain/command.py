@@ -51,6 +51,12 @@ class PretrainCommand:
     memory: int | None = None
     sharded: bool = False
 
+    def kept(self) -> str:
+        """What an interrupted run leaves, for a person."""
+        if (self.out / _STATE).exists():
+            return f"{self.out} keeps its last saved state, and --resume continues from there"
+        return f"no state was saved in {self.out} yet"
+
 
 @dataclass(frozen=True)
 class Pretrained:

@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from drafttrain.drafters.policy import PolicyShape, read_policy_head
-from drafttrain.errors import CheckpointError
+from drafttrain.errors import CheckpointError, ConfigError
 from drafttrain.rollouts.record import FeatureLayout, PolicyHead, Rollout
 from drafttrain.rollouts.sources.samples import SavedRollout
 
@@ -32,6 +32,8 @@ from drafttrain.rollouts.sources.samples import SavedRollout
 _HEAD_TOLERANCE = 0.02
 # Share of the tokens that go through the policy together that may be padding.
 _PADDING = 0.25
+# What transformers takes for a device map besides the name of a device.
+_SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 class Teacher(Protocol):
@@ -81,6 +83,7 @@ class TransformersTeacher:
 
         Raises:
             CheckpointError: it cannot be loaded, lacks a layer, or has another kind of head.
+            ConfigError: there is no such device.
         """
         shape = PolicyShape.from_folder(folder)
         if max(layer_ids, default=0) > shape.num_layers:
@@ -200,6 +203,8 @@ def _padded_together(saved: Sequence[SavedRollout], chunk: int) -> Iterator[list
 
 
 def _load(folder: Path, dtype: str, device_map: str | None) -> Any:
+    if device_map not in (None, *_SPREAD):
+        _check_device(str(device_map))
     options = {"device_map": device_map} if device_map else {}
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -218,6 +223,16 @@ def _load(folder: Path, dtype: str, device_map: str | None) -> Any:
     if device_map is None and torch.cuda.is_available():
         model.to("cuda")
     return model.eval().requires_grad_(False)
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA at all
+        problem = (
+            f"{name}: {str(error).splitlines()[0]}; expected a device of this machine, or auto"
+        )
+        raise ConfigError("policy", "device_map", problem) from error
 
 
 def _decoder_layers(model: Any, count: int, folder: Path) -> nn.ModuleList:

@@ -18,7 +18,7 @@ from tiny_models import bigram_drafter, make_drafter, random_drafter
 from drafttrain.checkpoints.registry import Registry
 from drafttrain.integrations.vllm.local import EngineServer, serve_engine
 
-TOKEN = "known to both"
+TOKEN = "known-to-both"
 
 
 @pytest.fixture(scope="module")
