@@ -157,7 +157,7 @@ class SidecarConfig(Section):
     state: Path
     """Where trainer state and the event log are kept; a restart continues from here."""
     drafter: Path | None = None
-    """Drafter to start from when the registry is empty; a new Eagle3 one when absent."""
+    """Drafter to start from when the registry is empty; needed only then."""
     engines: list[EngineURL] = []
     """URLs of the engines whose drafter is kept fresh."""
     token_file: Path | None = None
