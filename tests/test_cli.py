@@ -80,26 +80,11 @@ def test_pretrain_improves_on_what_eval_says_of_the_start(folder: Path, tmp_path
     assert len(before["accepted_per_position"]) == 3
     low, high = before["interval"]
     assert low <= before["acceptance_length"] <= high
-    trained = json.loads(
-        run(
-            "pretrain",
-            "--drafter",
-            folder / "toy",
-            "--registry",
-            tmp_path,
-            "--out",
-            tmp_path / "first",
-            "--steps",
-            30,
-            *common,
-        )
-    )
+    pretrain = ("pretrain", "--drafter", folder / "toy", "--out", tmp_path / "run")
+    trained = json.loads(run(*pretrain, "--registry", tmp_path, "--steps", 30, *common))
     assert trained["acceptance_length"] > before["acceptance_length"]
     chosen = ("--set", "training.objective=tv", "--set", "training.learning_rate=1e-2")
-    other = run(
-        "pretrain", "--drafter", folder / "toy", "--registry", tmp_path / "other",
-        "--out", tmp_path / "run", "--steps", 5, *chosen, *common,
-    )  # fmt: skip
+    other = run(*pretrain, "--registry", tmp_path / "other", "--steps", 5, *chosen, *common)
     assert json.loads(other)["acceptance_length"] != trained["acceptance_length"]
     after = json.loads(run("eval", "--drafter", tmp_path / "drafter" / "latest", *common))
     assert after["acceptance_length"] > before["acceptance_length"]

@@ -19,7 +19,7 @@ from drafttrain.errors import ConfigError
 from drafttrain.opening import Inputs, Opened, Say, open_corpus
 from drafttrain.outputs import check_new_folder, make_folder, writing
 from drafttrain.pretrain.memory import MemoryPlan, fit_microbatch, predict
-from drafttrain.pretrain.report import memory_bound_cost, write_report
+from drafttrain.pretrain.report import REPORT, memory_bound_cost, write_report
 from drafttrain.pretrain.run import Pretraining, PretrainReport, Progress
 from drafttrain.publishing import as_manifest_entry, publish_drafter
 from drafttrain.training.devices import Devices
@@ -133,8 +133,8 @@ def _open_out(command: PretrainCommand) -> None:
         raise ConfigError(command.out, "run", problem)
     if unfinished and not command.resume:
         raise ConfigError(command.out, "run", "is unfinished; --resume continues it, or delete it")
-    if not command.resume:
-        check_new_folder(command.out)
+    if not (command.resume or (command.out / REPORT).exists()):
+        check_new_folder(command.out)  # an earlier run's is used again
     make_folder(command.out)
 
 

@@ -12,6 +12,9 @@ from drafttrain.pretrain.run import PretrainReport
 RoundCost = Callable[[int], float]
 """What a round with k draft tokens takes, in units of a policy forward without speculation."""
 
+REPORT = "report.md"
+"""A run's folder holds it once the run has ended."""
+
 
 def best_k(estimates: Mapping[int, AcceptanceEstimate], cost: RoundCost) -> tuple[int, float]:
     """The number of draft tokens with the highest speedup, and that speedup.
@@ -73,9 +76,9 @@ policy computed features {report.taught:.1%} of it, meanwhile
 
 ![held-out acceptance length and loss](report.png)
 """
-    (folder / "report.md").write_text(text)
+    (folder / REPORT).write_text(text)
     _plot(folder / "report.png", report)
-    return folder / "report.md"
+    return folder / REPORT
 
 
 def _weight_bytes(folder: Path) -> int:
