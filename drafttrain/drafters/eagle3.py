@@ -40,7 +40,7 @@ from drafttrain.checkpoints.eagle3_format import (
     as_sglang,
     engine_layer_ids,
 )
-from drafttrain.checkpoints.manifest import Kind, TargetFingerprint, read_json
+from drafttrain.checkpoints.manifest import MOST_PARTS, Kind, TargetFingerprint, read_json
 from drafttrain.checkpoints.speculators_format import as_speculators, with_t2d
 from drafttrain.checkpoints.verify import CONFIG, verify
 from drafttrain.config import Section, validated
@@ -60,7 +60,7 @@ class Eagle3Variant(Section):
 
     layer: Literal["llama", "qwen3"] = "llama"
     """Qwen3's has a norm on every head's query and key."""
-    num_hidden_layers: int = Field(1, ge=1)
+    num_hidden_layers: int = Field(1, ge=1, le=MOST_PARTS)
     norm_before_residual: bool = False
     norm_before_fc: bool = False
     fc_norm: bool = False
