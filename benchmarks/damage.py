@@ -35,7 +35,7 @@ from drafttrain.rollouts.spool import SpoolReader
 from tests.vllm.engines import generate, greedy, make_engine, prompts, status
 
 SERVING = 2
-TOKEN = "the bench's own"
+TOKEN = "the-bench-s-own"
 # The engine is asked to prove itself after so many cases, and at the end.
 PROVE_EVERY = 50
 
