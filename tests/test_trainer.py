@@ -150,7 +150,8 @@ def test_a_drafter_with_longrope_trains(kind: str, sharded: bool, devices: Devic
     trainer = Trainer(KINDS[kind].initialise(policy, **options), CONFIG, devices=devices)
     rollouts = sorted(making.rollouts(POLICY, 20), key=lambda rollout: rollout.length)
     for part in (rollouts[-2:], rollouts[:2], rollouts[-2:]):  # beyond the original length, within
-        trainer.step(part, LAYOUT, heads(0))
+        assert trainer.step(part, LAYOUT, heads(0)).grad_norm > 0
+    assert trainer.step_count == 3
 
 
 def test_the_average_is_saved_under_the_names_it_always_had(tmp_path: Path) -> None:

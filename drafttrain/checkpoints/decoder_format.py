@@ -16,7 +16,7 @@ from drafttrain.errors import CheckpointError
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
 
-
+# Keys that say how many parts have tensors of their own.
 _COUNTS = ("num_hidden_layers", "num_experts", "n_routed_experts")
 
 
