@@ -120,7 +120,7 @@ def peer(
 ) -> tuple[Cost, Path, int]:
     """Saved rollouts to a peer's checkpoint; and how many tokens it trained on."""
     from benchmarks import specforge_pipeline, speculators_pipeline
-    from drafttrain.drafters.eagle3 import default_layer_ids
+    from drafttrain.drafters.eagle3_config import default_layer_ids
     from drafttrain.drafters.policy import PolicyShape
     from drafttrain.opening import Inputs, read_inputs
 

@@ -20,7 +20,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import drafttrain.drafters.attention_plan as attention_plan
 from drafttrain.drafters.batch import Batch
-from drafttrain.drafters.eagle3 import Eagle3Drafter, default_layer_ids
+from drafttrain.drafters.eagle3 import Eagle3Drafter
+from drafttrain.drafters.eagle3_config import default_layer_ids
 from drafttrain.drafters.eagle3_layer import Eagle3Layer
 from drafttrain.drafters.policy import PolicyShape
 from drafttrain.errors import CheckpointError, ConfigError

@@ -21,62 +21,34 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
-from pydantic import Field
 from torch import Tensor, nn
-from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers import PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
-from drafttrain.checkpoints.eagle3_format import (
-    FULL,
-    LAYER,
-    LAYER_ALIAS,
-    LLAMA,
-    QWEN3,
-    as_sglang,
-    engine_layer_ids,
-)
-from drafttrain.checkpoints.manifest import MOST_PARTS, Kind, TargetFingerprint, read_json
+from drafttrain.checkpoints.eagle3_format import LAYER, LAYER_ALIAS, as_sglang
+from drafttrain.checkpoints.manifest import Kind, TargetFingerprint, read_json
 from drafttrain.checkpoints.speculators_format import as_speculators, with_t2d
 from drafttrain.checkpoints.verify import CONFIG, verify
-from drafttrain.config import Section, validated
+from drafttrain.config import validated
 from drafttrain.drafters.batch import Batch, pad_rows
 from drafttrain.drafters.contract import Drafter, write_drafter
+from drafttrain.drafters.eagle3_config import (
+    Eagle3Variant,
+    default_layer_ids,
+    loaded_config,
+    new_config,
+)
 from drafttrain.drafters.eagle3_layer import AttentionPlans, Eagle3Layer, UnrolledLayer
 from drafttrain.drafters.kernels import compute_dtype, unit_rms
 from drafttrain.drafters.policy import PolicyShape, fix_longrope, read_config, read_policy_head
 from drafttrain.errors import CheckpointError
 
 _HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
-_LENGTH, _ORIGINAL = "max_position_embeddings", "original_max_position_embeddings"
-
-
-class Eagle3Variant(Section):
-    """What is chosen for a new drafter; the rest of its configuration is the policy's."""
-
-    layer: Literal["llama", "qwen3"] = "llama"
-    """Qwen3's has a norm on every head's query and key."""
-    num_hidden_layers: int = Field(1, ge=1, le=MOST_PARTS)
-    norm_before_residual: bool = False
-    norm_before_fc: bool = False
-    fc_norm: bool = False
-    norm_output: bool = False
-    attention_bias: bool = False
-
-
-def default_layer_ids(num_layers: int) -> tuple[int, ...]:
-    """Three distinct aux layers of a policy: early, middle, late.
-
-    vLLM's own default is kept where it gives three; on shallow policies it does not.
-    """
-    ids = engine_layer_ids(num_layers)
-    if len(ids) == 3 and ids[0] > 0:
-        return tuple(ids)
-    return tuple(sorted({max(num_layers - 2, 0), max(num_layers - 1, 1), max(num_layers, 2)}))
 
 
 class Eagle3Drafter(Drafter):
@@ -211,7 +183,7 @@ class Eagle3Drafter(Drafter):
             problem = f"{list(ids)}; the policy has layers 0 to {policy.num_layers}"
             raise CheckpointError("eagle3", "layer_ids", problem)
         chosen = validated(Eagle3Variant, variant, "eagle3")
-        drafter = cls(_drafter_config(policy, ids, draft_ids, chosen))
+        drafter = cls(new_config(policy, ids, draft_ids, chosen))
         for module in drafter.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=1.0 / math.sqrt(module.in_features))
@@ -245,8 +217,7 @@ class Eagle3Drafter(Drafter):
         """
         verified = verify(folder, TargetFingerprint.from_config(policy.config.to_dict()))
         try:
-            config = _lengthened(verified.config, policy)
-            drafter = cls(_config_class(config["architectures"])(**config))
+            drafter = cls(loaded_config(verified.config, policy))
         except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
             raise CheckpointError(folder / CONFIG, "file", f"cannot be used: {error}") from error
         spare = {"t2d"} | {f"layers.{i}.hidden_norm.weight" for i in range(1, len(drafter.layers))}
@@ -300,20 +271,6 @@ class Eagle3Drafter(Drafter):
         write_drafter(folder, config, tensors, dtype)
 
 
-def _lengthened(config: dict[str, Any], policy: PolicyShape) -> dict[str, Any]:
-    """`config` with the policy's length where its own, copied from elsewhere (2048, say), is less.
-
-    It would end the drafter's use there.
-    """
-    own = config.get(_LENGTH, 0)
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = config.get(key)
-        if own and isinstance(rope, dict) and "yarn" in (rope.get("rope_type"), rope.get("type")):
-            # Where it does not say what it stretches, it is the length it had.
-            config = config | {key: {_ORIGINAL: own} | rope}
-    return config | {_LENGTH: max(own, policy.max_length or 0)}
-
-
 def _policys_head(folder: Path, policy: PolicyShape) -> Tensor:
     """
     Raises:
@@ -333,43 +290,3 @@ def _is_policys(embedding: Tensor, policy: PolicyShape) -> bool:
     except CheckpointError:  # nothing but its configuration
         return False
     return torch.equal(embedding, policys.to(embedding.dtype))
-
-
-def _config_class(architectures: list[str]) -> type[PretrainedConfig]:
-    config_class: type[PretrainedConfig] = Qwen3Config if architectures == [QWEN3] else LlamaConfig
-    return config_class
-
-
-def _drafter_config(
-    policy: PolicyShape, ids: tuple[int, ...], draft_ids: Tensor | None, variant: Eagle3Variant
-) -> PretrainedConfig:
-    """A configuration with the policy's sizes, RoPE and lengths, as vLLM reads it."""
-    source = policy.config
-    qwen3 = variant.layer == "qwen3"
-    architectures = [QWEN3 if qwen3 else LLAMA]
-    heads, kv_heads = policy.heads
-    if not qwen3 and source.hidden_size % heads:
-        # Llama's configuration wants a divisor; a drafter need not have as many as its policy.
-        most = max(source.hidden_size // policy.head_dim, 1)
-        heads = next(n for n in range(most, 0, -1) if source.hidden_size % n == 0)
-        kv_heads = math.gcd(heads, kv_heads)
-    return _config_class(architectures)(
-        architectures=architectures,
-        hidden_size=source.hidden_size,
-        intermediate_size=getattr(source, "intermediate_size", None) or 4 * source.hidden_size,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=policy.head_dim,
-        vocab_size=source.vocab_size,
-        rms_norm_eps=policy.norm_eps,
-        rope_parameters=policy.rope_parameters,
-        max_position_embeddings=source.max_position_embeddings,
-        tie_word_embeddings=False,
-        draft_vocab_size=source.vocab_size if draft_ids is None else len(draft_ids),
-        target_hidden_size=source.hidden_size,
-        eagle_aux_hidden_state_layer_ids=list(ids),
-        num_aux_hidden_states=len(ids),
-        eagle_config={"eagle_aux_hidden_state_layer_ids": list(ids)},
-        layer_types=[FULL] * variant.num_hidden_layers,
-        **variant.model_dump(exclude={"layer"}),
-    )

@@ -15,14 +15,13 @@ from __future__ import annotations
 import copy
 import importlib
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PretrainedConfig, Qwen2Config
+from transformers import PretrainedConfig
 
 from drafttrain.checkpoints.manifest import Kind, TargetFingerprint
 from drafttrain.checkpoints.mtp_format import (
@@ -37,14 +36,14 @@ from drafttrain.drafters.batch import Batch
 from drafttrain.drafters.contract import Drafter, write_drafter
 from drafttrain.drafters.experts import fuse_experts, split_experts
 from drafttrain.drafters.kernels import compute_dtype
-from drafttrain.drafters.policy import (
-    PolicyShape,
-    read_config,
-    read_tensors,
-    trunk_prefix,
-    weight_files,
+from drafttrain.drafters.mtp_config import (
+    mimo_config,
+    one_layer,
+    with_one_head,
+    without_sections,
 )
-from drafttrain.drafters.rounds import RoundsAttention, use_rounds
+from drafttrain.drafters.policy import PolicyShape, read_tensors, trunk_prefix, weight_files
+from drafttrain.drafters.rounds import RoundsAttention
 from drafttrain.drafters.stitch import stitch_tensors
 from drafttrain.errors import CheckpointError, RolloutError
 from drafttrain.rollouts.record import FeatureLayout
@@ -67,9 +66,6 @@ _TRUNK = "model."
 
 _STACKED = "experts.gate_up_proj"
 
-# What splits positions into those of time, height and width.
-_SECTIONS = ("mrope_section", "mrope_interleaved")
-
 
 class MTPDrafter(Drafter):
     """See the module.
@@ -90,13 +86,13 @@ class MTPDrafter(Drafter):
         self.reads_normed = reads_normed
         module, layer, rotary = _MODELING[family]
         modeling = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
-        one_layer = _one_layer(config)
-        self.layer = getattr(modeling, layer)(one_layer, layer_idx=0)
+        layer_config = one_layer(config)
+        self.layer = getattr(modeling, layer)(layer_config, layer_idx=0)
         norm = type(self.layer.input_layernorm)
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.embed_norm, self.hidden_norm, self.out_norm = (norm(hidden, eps=eps) for _ in range(3))
         self.project = nn.Linear(2 * hidden, hidden, bias=False)
-        self.rotary = getattr(modeling, rotary)(one_layer)
+        self.rotary = getattr(modeling, rotary)(layer_config)
 
     @property
     def hidden_size(self) -> int:
@@ -149,7 +145,7 @@ class MTPDrafter(Drafter):
     def initialise(cls, policy: PolicyShape, **_: Any) -> Self:
         """At random: of the policy's own family, or a ``mimo`` head, which fits any policy."""
         own = family_of(policy.config.to_dict())
-        config = _with_one_head(policy.config, own) if own else _mimo_config(policy)
+        config = with_one_head(policy.config, own) if own else mimo_config(policy)
         drafter = cls(config, own or "mimo", reads_normed=_reads_normed(policy))
         for name, parameter in drafter.named_parameters():
             if parameter.dim() > 1:
@@ -165,13 +161,13 @@ class MTPDrafter(Drafter):
     @classmethod
     def from_policy(cls, folder: Path, policy: PolicyShape, **_: Any) -> Self:
         """The policy's own head where its checkpoint has one, otherwise a new one."""
-        policy = _without_sections(folder, policy)
+        policy = without_sections(folder, policy)
         name = family_of(policy.config.to_dict())
         names = _place(folder, FAMILIES[name], policy)[1] if name else {}
         if name is None or not names:
             return cls.initialise(policy)
         reads_normed = FAMILIES[name].reads_normed
-        drafter = cls(_with_one_head(policy.config, name), name, reads_normed=reads_normed)
+        drafter = cls(with_one_head(policy.config, name), name, reads_normed=reads_normed)
         tensors = read_tensors(folder, list(names.values()))
         drafter._load({ours: tensors[theirs] for ours, theirs in names.items()}, folder)
         return drafter
@@ -209,7 +205,7 @@ class MTPDrafter(Drafter):
             problem = "is of the policy's own head, and this one has nothing to put in its place"
             raise CheckpointError(policy, min(others), problem)
         settings: dict[str, Any] = {self.family.count_key: 1}
-        if (plain := _without_sections(policy, shape)) is not shape:
+        if (plain := without_sections(policy, shape)) is not shape:
             settings["rope_parameters"] = plain.config.rope_parameters
         stitch_tensors(policy, head, settings, out)
 
@@ -276,64 +272,6 @@ def _module_names(family: MTPFamily) -> dict[str, str]:
 def _reads_normed(policy: PolicyShape) -> bool:
     family = family_of(policy.config.to_dict())
     return family is None or FAMILIES[family].reads_normed
-
-
-def _one_layer(config: PretrainedConfig) -> PretrainedConfig:
-    """A configuration whose layer 0 is the kind of layer an MTP head has."""
-    one = copy.deepcopy(config)
-    one.num_hidden_layers = 1
-    one.layer_types = ["full_attention"]
-    one.first_k_dense_replace = 0
-    one._experts_implementation = "eager"
-    use_rounds(one)
-    return one
-
-
-def _without_sections(folder: Path, policy: PolicyShape) -> PolicyShape:
-    """A policy of text alone without what splits its positions; another as it is.
-
-    vLLM drops that from such a policy itself, but reads it in the drafter's configuration: the head
-    would get three rows of positions for a rotation that takes one.
-    """
-    rope = getattr(policy.config, "rope_parameters", None) or {}
-    if "text_config" in read_config(folder) or not any(key in rope for key in _SECTIONS):
-        return policy
-    config = copy.deepcopy(policy.config)
-    config.rope_parameters = {key: rope[key] for key in rope if key not in _SECTIONS}
-    return replace(policy, config=config)
-
-
-def _with_one_head(config: PretrainedConfig, family: str) -> PretrainedConfig:
-    one = copy.deepcopy(config)
-    setattr(one, FAMILIES[family].count_key, 1)
-    return one
-
-
-def _mimo_config(policy: PolicyShape) -> Qwen2Config:
-    """Of a dense Qwen2 layer with the policy's sizes, RoPE and lengths."""
-    source = policy.config
-    if source.hidden_size % source.num_attention_heads:
-        problem = f"{source.hidden_size}, expected a multiple of num_attention_heads for a new head"
-        raise CheckpointError("policy", "hidden_size", problem)
-    rope = getattr(source, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope" or rope.get("partial_rotary_factor", 1) != 1:
-        problem = "longrope or part of a head, which a new head does not turn as its engine has it"
-        raise CheckpointError("policy", "rope_parameters", problem)
-    return Qwen2Config(
-        architectures=[FAMILIES["mimo"].architecture],
-        hidden_size=source.hidden_size,
-        intermediate_size=source.intermediate_size,
-        num_hidden_layers=source.num_hidden_layers,
-        num_attention_heads=source.num_attention_heads,
-        num_key_value_heads=source.num_key_value_heads,
-        head_dim=source.hidden_size // source.num_attention_heads,  # the engine takes no other
-        vocab_size=source.vocab_size,
-        rms_norm_eps=source.rms_norm_eps,
-        rope_parameters=policy.rope_parameters,
-        max_position_embeddings=source.max_position_embeddings,
-        tie_word_embeddings=False,
-        num_nextn_predict_layers=1,
-    )
 
 
 def _place(folder: Path, family: MTPFamily, policy: PolicyShape) -> tuple[str, dict[str, str]]:

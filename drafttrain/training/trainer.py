@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from drafttrain.config import TrainingConfig
 from drafttrain.drafters.batch import Batch, make_batch, split_by_tokens
 from drafttrain.drafters.contract import Drafter
 from drafttrain.errors import CheckpointError, RolloutError
-from drafttrain.outputs import writing
 from drafttrain.rollouts.record import FeatureLayout, PolicyHead, Rollout
 from drafttrain.training.average import WeightAverage
 from drafttrain.training.devices import Devices, divided_as, whole, whole_copy
 from drafttrain.training.losses import DraftLoss, draft_loss
+from drafttrain.training.state import (
+    STATE,
+    distinct,
+    load_distinct,
+    read_state,
+    with_prefix,
+    write_state,
+)
 
-STATE_SCHEMA = 1
 # With Adam the best learning rate falls with the width (Yang et al., arXiv 2203.03466).
 _RATE_TIMES_WIDTH = 0.4
 
@@ -255,31 +257,16 @@ class Trainer:
         Raises:
             CheckpointError: it cannot be written; an earlier state is as it was.
         """
-        tensors = {f"drafter.{name}": t for name, t in _distinct(self.drafter).items()}
-        tensors |= {f"average.{name}": t for name, t in _distinct(self._averaged).items()}
+        tensors = {f"drafter.{name}": t for name, t in distinct(self.drafter).items()}
+        tensors |= {f"average.{name}": t for name, t in distinct(self._averaged).items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             for key, value in state.items():
                 tensors[f"optimizer.{index}.{key}"] = torch.as_tensor(value)
         tensors["rng"] = self.generator.get_state()
         tensors = {name: whole(tensor).cpu() for name, tensor in tensors.items()}
-        if self._devices.rank > 0:
-            return
-        document = {
-            "schema": STATE_SCHEMA,
-            "step_count": self.step_count,
-            "tokens_seen": self.tokens_seen,
-            "progress": progress,
-        }
-        temporary = folder / "trainer.safetensors.tmp"
-        with writing(folder / "trainer.safetensors", "state"):
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                save_file(tensors, temporary, metadata={"drafttrain": json.dumps(document)})
-                with temporary.open("rb+") as file:
-                    os.fsync(file.fileno())
-                temporary.replace(folder / "trainer.safetensors")
-            finally:
-                temporary.unlink(missing_ok=True)  # gone, once it has its name
+        if self._devices.rank == 0:
+            counts = {"step_count": self.step_count, "tokens_seen": self.tokens_seen}
+            write_state(folder, tensors, counts | {"progress": progress})
 
     def restore(self, folder: Path) -> dict[str, Any]:
         """Continue from :meth:`save`; returns the caller's progress.
@@ -287,17 +274,25 @@ class Trainer:
         Raises:
             CheckpointError: the state is damaged, newer, or of another drafter.
         """
-        path = folder / "trainer.safetensors"
-        document = _state_document(path)
-        tensors = load_file(path)
+        tensors, document = read_state(folder)
         try:
-            _load(self.drafter, _with_prefix(tensors, "drafter."))
-            _load(self._averaged, _with_prefix(tensors, "average."))
+            load_distinct(self.drafter, with_prefix(tensors, "drafter."))
+            load_distinct(self._averaged, with_prefix(tensors, "average."))
         except RuntimeError as error:
-            raise CheckpointError(path, "drafter", f"does not fit the drafter: {error}") from error
+            problem = f"does not fit the drafter: {error}"
+            raise CheckpointError(folder / STATE, "drafter", problem) from error
+        self._restore_optimizer(with_prefix(tensors, "optimizer."))
+        self.generator.set_state(tensors["rng"])
+        self.step_count = document["step_count"]
+        self.tokens_seen = document["tokens_seen"]
+        progress: dict[str, Any] = document["progress"]
+        return progress
+
+    def _restore_optimizer(self, tensors: dict[str, Tensor]) -> None:
+        """Take what its state has for each parameter, named "index.key"."""
         state: dict[int, dict[str, Tensor]] = {}
         parameters = self.optimizer.param_groups[0]["params"]  # what the saved state counts
-        for name, tensor in _with_prefix(tensors, "optimizer.").items():
+        for name, tensor in tensors.items():
             index, key = name.split(".", 1)
             reference = parameters[int(index)]
             state.setdefault(int(index), {})[key] = (
@@ -305,48 +300,3 @@ class Trainer:
             )
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self.generator.set_state(tensors["rng"])
-        self.step_count = document["step_count"]
-        self.tokens_seen = document["tokens_seen"]
-        progress: dict[str, Any] = document["progress"]
-        return progress
-
-
-def _distinct(module: torch.nn.Module) -> dict[str, Tensor]:
-    """The state of `module`, a tensor that has several names (a tied head) under the first."""
-    state = module.state_dict()
-    return {name: state[name] for name in dict.fromkeys(_first_names(module).values())}
-
-
-def _first_names(module: torch.nn.Module) -> dict[str, str]:
-    """Every name in its state to the first name of the same tensor."""
-    first: dict[int, str] = {}
-    named = module.state_dict(keep_vars=True)
-    return {name: first.setdefault(id(tensor), name) for name, tensor in named.items()}
-
-
-def _load(module: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Load what :func:`_distinct` gave."""
-    own, firsts = module.state_dict(), _first_names(module).items()
-    given = tensors | {name: tensors[first] for name, first in firsts if first in tensors}
-    module.load_state_dict(
-        {
-            name: divided_as(own[name], tensor) if name in own else tensor
-            for name, tensor in given.items()
-        }
-    )
-
-
-def _state_document(path: Path) -> dict[str, Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            document: dict[str, Any] = json.loads((file.metadata() or {})["drafttrain"])
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise CheckpointError(path, "file", f"is not a trainer's state: {error}") from error
-    if document["schema"] != STATE_SCHEMA:
-        raise CheckpointError(path, "schema", f"{document['schema']}; expected {STATE_SCHEMA}")
-    return document
-
-
-def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
