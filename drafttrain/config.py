@@ -17,6 +17,7 @@ from drafttrain.errors import ConfigError, InputError
 ObjectiveName = Literal[
     "soft_cross_entropy", "kl", "reverse_kl", "jsd", "tv", "lk", "hard_cross_entropy"
 ]
+Precision = Literal["auto", "float32", "bfloat16"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(ge=0, le=1e9)]
 
@@ -75,8 +76,9 @@ class TrainingConfig(Section):
     tokens_per_step: int = Field(2048, ge=1)
     """Rollout tokens in one optimizer step."""
     seed: Seed = 0
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """What is computed in; the drafter's own weights stay float32."""
+    precision: Precision = "auto"
+    """What is computed in; the drafter's own weights stay float32. "auto" is bfloat16 on a GPU and
+    float32 on a CPU; on one that multiplies in bfloat16, "bfloat16" is about twice as fast."""
     train_head: bool = True
     """Whether a drafter's own output head is trained, or stays as it is."""
     lora_rank: int | None = Field(None, ge=1)

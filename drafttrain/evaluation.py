@@ -28,6 +28,7 @@ from drafttrain.errors import RolloutError
 from drafttrain.opening import Inputs, Say, open_corpus
 from drafttrain.rollouts.record import Rollout
 from drafttrain.training.corpus import Corpus
+from drafttrain.training.devices import Devices
 
 # Rollouts whose features exist at once, in padded tokens.
 _MICROBATCH_TOKENS = 4096
@@ -99,9 +100,9 @@ def evaluate(
     shape = PolicyShape.from_folder(inputs.target)
     config = PretrainConfig(holdout_fraction=1.0, microbatch_tokens=_MICROBATCH_TOKENS)
     corpora: dict[tuple[tuple[int, ...], bool], Corpus] = {}
-    results = []
+    results, devices = [], Devices()
     for folder in drafters:
-        drafter = load_drafter(folder, shape)
+        drafter = devices.place(load_drafter(folder, shape))
         reads = drafter.layer_ids, drafter.reads_normed
         if reads not in corpora:
             opened = open_corpus(

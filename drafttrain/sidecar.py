@@ -37,6 +37,8 @@ from drafttrain.rollouts.record import Rollout
 from drafttrain.rollouts.replay import Replay
 from drafttrain.serving import Engine, bring_to
 from drafttrain.telemetry import EventLog
+from drafttrain.training.devices import Devices
+from drafttrain.training.state import STATE
 from drafttrain.training.trainer import Trainer
 
 # How long to wait for a file event before looking anyway: an engine may have come back meanwhile.
@@ -73,8 +75,10 @@ class Sidecar:
             evict=True,
         )
         self.target = TargetFingerprint.from_folder(config.target)
+        self._devices = Devices()
         self._serve(self._open_registry())
-        self.trainer = Trainer(self._load(self.serving_version), config.training)
+        drafter = self._load(self.serving_version)
+        self.trainer = Trainer(drafter, config.training, devices=self._devices)
         self.tokens_on_current = 0
         self._restore()
 
@@ -227,7 +231,7 @@ class Sidecar:
         self.serving = self._load(version)
 
     def _load(self, version: int) -> Drafter:
-        return load_drafter(self.registry.folder(version), self.policy)
+        return self._devices.place(load_drafter(self.registry.folder(version), self.policy))
 
     def _wait_for_rollouts(self) -> None:
         for _ in watchfiles.watch(
@@ -243,7 +247,7 @@ class Sidecar:
         self.trainer.save(self.config.state, tokens_on_current=self.tokens_on_current)
 
     def _restore(self) -> None:
-        if (self.config.state / "trainer.safetensors").exists():
+        if (self.config.state / STATE).exists():
             progress = self.trainer.restore(self.config.state)
             self.tokens_on_current = progress["tokens_on_current"]
 

@@ -20,7 +20,7 @@ few that run past its end.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -149,9 +149,11 @@ def estimate_acceptance(
     rounds, accepted = [], []
     for version in sorted({rollout.policy_version for rollout in rollouts}):
         same_policy = [rollout for rollout in rollouts if rollout.policy_version == version]
+        # Moved once: it is larger than what is estimated with it.
+        head = replace(heads[version], lm_head=heads[version].lm_head.to(drafter.device))
         for part in split_by_tokens(same_policy, _TOKENS_AT_ONCE):
-            batch = make_batch(part, layout, heads[version])
-            w = acceptance_weights(drafter, batch, heads[version], k, method)
+            batch = make_batch(part, layout, head, drafter.device)
+            w = acceptance_weights(drafter, batch, head, k, method)
             part_rounds, part_accepted = replay_rounds(w, batch)
             groups += [rollout.group for rollout in part]
             domains += [rollout.domain for rollout in part]
@@ -167,10 +169,8 @@ def acceptance_weights(
 
     Entries whose drafted token lies outside the rollout are zero.
     """
-    device = drafter.device
-    batch = batch.to(device)
-    hidden = drafter.unroll(batch, head.embed_tokens.to(device), k)
-    policy_head = head.lm_head.to(device)
+    device, policy_head = drafter.device, head.lm_head
+    hidden = drafter.unroll(batch, head.embed_tokens, k)
     draft_head = drafter.head_weight(policy_head)
     draft_rows = _rows_of_tokens(drafter.draft_ids, policy_head)
     temperature = batch.temperatures[batch.rollout_of]

@@ -115,17 +115,23 @@ def pad_rows(rows: Tensor, fill: int | None = None) -> Tensor:
     return torch.cat([rows, rows.new_full((missing,), fill or 0)])
 
 
-def make_batch(rollouts: Sequence[Rollout], layout: FeatureLayout, head: PolicyHead) -> Batch:
-    """Lay `rollouts` end to end.
+def make_batch(
+    rollouts: Sequence[Rollout],
+    layout: FeatureLayout,
+    head: PolicyHead,
+    device: torch.device | None = None,
+) -> Batch:
+    """Lay `rollouts` end to end, on `device` (a CPU, when absent) wherever their features are.
 
     Args:
         rollouts: at least one; attention is cheapest when similar lengths stand together.
         layout: how their features were captured.
         head: the policy's head; its final norm is applied here when the engine had not.
     """
-    hidden = torch.cat([rollout.last_hidden for rollout in rollouts])
+    device = device or torch.device("cpu")
+    hidden = torch.cat([rollout.last_hidden.to(device) for rollout in rollouts])
     normed = layout.last_hidden_normed
-    aux = [rollout.aux_hidden for rollout in rollouts if rollout.aux_hidden is not None]
+    aux = [rollout.aux_hidden.to(device) for rollout in rollouts if rollout.aux_hidden is not None]
     lengths = torch.tensor([0] + [rollout.length for rollout in rollouts])
     return Batch(
         tokens=torch.cat([rollout.tokens for rollout in rollouts]).long(),
@@ -138,7 +144,7 @@ def make_batch(rollouts: Sequence[Rollout], layout: FeatureLayout, head: PolicyH
         raw_hidden=None if normed else hidden,
         generated=_generated(rollouts),
         rejected=_rejected(rollouts),
-    )
+    ).to(device)
 
 
 def split_by_tokens(rollouts: Sequence[Rollout], tokens: int) -> Iterator[list[Rollout]]:
@@ -178,4 +184,4 @@ def _rms_norm(hidden: Tensor, head: PolicyHead) -> Tensor:
         raise ValueError("hidden states before the final norm need the policy's final norm")
     wide = hidden.float()
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + head.norm_eps)
-    return (wide * scale * head.final_norm.float()).to(hidden.dtype)
+    return (wide * scale * head.final_norm.to(wide)).to(hidden.dtype)

@@ -62,7 +62,7 @@ class Drafter(nn.Module, ABC):
 
         Args:
             batch: rollouts with features.
-            embed_tokens: the policy's embedding [V, H], frozen.
+            embed_tokens: the policy's embedding [V, H], frozen; may lie on another device.
             depths: number of draft tokens, k.
 
         Returns:

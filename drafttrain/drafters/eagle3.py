@@ -44,7 +44,7 @@ from drafttrain.drafters.eagle3_config import (
     new_config,
 )
 from drafttrain.drafters.eagle3_layer import AttentionPlans, Eagle3Layer, UnrolledLayer
-from drafttrain.drafters.kernels import compute_dtype, unit_rms
+from drafttrain.drafters.kernels import compute_dtype, embed, unit_rms
 from drafttrain.drafters.policy import PolicyShape, fix_longrope, read_config, read_policy_head
 from drafttrain.errors import CheckpointError
 
@@ -139,7 +139,7 @@ class Eagle3Drafter(Drafter):
     ) -> list[UnrolledLayer]:
         if self.embed_tokens is not None:
             embed_tokens = self.embed_tokens.weight
-        embeds = F.embedding(pad_rows(batch.tokens, fill=0), embed_tokens).to(dtype)
+        embeds = embed(pad_rows(batch.tokens, fill=0), embed_tokens).to(dtype)
         plans = AttentionPlans(batch, len(self.layers), dtype)
         last, eps = len(self.layers) - 1, self.config.rms_norm_eps
         return [

@@ -24,6 +24,11 @@ def wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
+def embed(tokens: Tensor, table: Tensor) -> Tensor:
+    """Rows `tokens`, int64 [N], of `table` [V, H]; from another device only they are moved."""
+    return F.embedding(tokens.to(table.device), table).to(tokens.device)
+
+
 def unit_rms(x: Tensor, eps: float) -> Tensor:
     """``x / sqrt(mean(x^2) + eps)`` over the last dimension: an RMS norm without its weight."""
     normed: Tensor = _UnitRms.apply(x, eps)

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
@@ -35,7 +34,7 @@ from drafttrain.checkpoints.verify import verify
 from drafttrain.drafters.batch import Batch
 from drafttrain.drafters.contract import Drafter, write_drafter
 from drafttrain.drafters.experts import fuse_experts, split_experts
-from drafttrain.drafters.kernels import compute_dtype
+from drafttrain.drafters.kernels import compute_dtype, embed
 from drafttrain.drafters.mtp_config import (
     mimo_config,
     one_layer,
@@ -100,7 +99,7 @@ class MTPDrafter(Drafter):
 
     def unroll(self, batch: Batch, embed_tokens: Tensor, depths: int) -> Tensor:
         dtype = compute_dtype(self.project.weight)
-        embeds = F.embedding(batch.tokens, embed_tokens).to(dtype)
+        embeds = embed(batch.tokens, embed_tokens).to(dtype)
         state = batch.engine_hidden[batch.slots].to(dtype)
         attention = RoundsAttention.of(batch, dtype)
         slots, outputs = batch.slots, []

@@ -22,7 +22,7 @@ from drafttrain.pretrain.memory import MemoryPlan, fit_microbatch, predict
 from drafttrain.pretrain.report import REPORT, memory_bound_cost, write_report
 from drafttrain.pretrain.run import Pretraining, PretrainReport, Progress
 from drafttrain.publishing import as_manifest_entry, publish_drafter
-from drafttrain.training.devices import Devices
+from drafttrain.training.devices import Devices, computed_in
 
 _STATE = "trainer.safetensors"
 
@@ -166,6 +166,7 @@ def _plan(
         tokens=sum(part.tokens for part in parts),
         longest=max(entry.length for part in parts for entry in part.entries),
         policy_bytes=opened.policy_bytes,
+        dtype=computed_in(config.training.precision, devices.device),
         shards=devices.count if devices.sharded else 1,
     )
 

@@ -57,6 +57,7 @@ def predict(
     tokens: int,
     longest: int,
     policy_bytes: int,
+    dtype: torch.dtype = torch.float32,
     shards: int = 1,
 ) -> MemoryPlan:
     """Memory of one process.
@@ -66,6 +67,7 @@ def predict(
         longest: rollout, in tokens.
         policy_bytes: of the policy's weights in this process; 0 when the features come from a
             spool.
+        dtype: that is computed in.
         shards: processes that the drafter is divided among.
     """
     width, vocab = policy.hidden_size, policy.vocab_size
@@ -76,7 +78,6 @@ def predict(
     logits = min(depths * batch * vocab, LOGITS_AT_ONCE)
     heads = int(policy.config.num_attention_heads)
     layer = _HIDDEN_KEPT * width + _INTERMEDIATE_KEPT * _widest(drafter, vocab)
-    dtype = getattr(torch, config.training.precision)
     scores = heads * max(square_at_once(dtype), longest) * _SCORES_ALIVE
     weights = sum(parameter.numel() for parameter in drafter.parameters())
     parts = {

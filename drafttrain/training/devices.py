@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from drafttrain.config import Precision
 from drafttrain.drafters.contract import Drafter
 
 # Of glibc's malloc.h.
@@ -43,6 +44,9 @@ class Devices:
         self.device: torch.device = self._accelerator.device
         if self.device.type == "cpu":
             keep_freed_memory()
+        else:
+            # In TF32: float32, which estimates are computed in, would else bypass its fast units.
+            torch.set_float32_matmul_precision("high")
         self.rank: int = self._accelerator.process_index
         self.count: int = self._accelerator.num_processes
         self.sharded = sharded and self.count > 1
@@ -83,6 +87,13 @@ class Devices:
     def wait(self) -> None:
         """Until every process is here."""
         self._accelerator.wait_for_everyone()
+
+
+def computed_in(precision: Precision, device: torch.device) -> torch.dtype:
+    """What ``training.precision`` means there."""
+    if precision == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return torch.float32 if precision == "float32" else torch.bfloat16
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from drafttrain.drafters.contract import Drafter
 from drafttrain.errors import CheckpointError, RolloutError
 from drafttrain.rollouts.record import FeatureLayout, PolicyHead, Rollout
 from drafttrain.training.average import WeightAverage
-from drafttrain.training.devices import Devices, divided_as, whole, whole_copy
+from drafttrain.training.devices import Devices, computed_in, divided_as, whole, whole_copy
+from drafttrain.training.heads import LmHeads
 from drafttrain.training.losses import DraftLoss, draft_loss
 from drafttrain.training.state import (
     STATE,
@@ -78,6 +79,7 @@ class Trainer:
         if config.lora_rank is not None:
             drafter.add_lora(config.lora_rank)
         self._devices = devices or Devices()
+        self._lm_heads = LmHeads(self._devices.device)
         self._plain = copy.deepcopy(drafter) if self._devices.sharded else drafter
         self.drafter = drafter.float()
         self.config = config
@@ -107,7 +109,9 @@ class Trainer:
     @property
     def whole_drafter(self) -> Drafter:
         """The drafter, gathered when its weights are divided among processes."""
-        return whole_copy(self.drafter, self._plain) if self._devices.sharded else self.drafter
+        if not self._devices.sharded:
+            return self.drafter
+        return whole_copy(self.drafter, self._plain).to(self._devices.device)
 
     def step(
         self,
@@ -200,15 +204,15 @@ class Trainer:
     ) -> DraftLoss | None:
         """Adds gradients times the rows' weight and `freshness`; None where nothing is drafted."""
         device = self._devices.device
-        batch = self._with_noise(make_batch(rollouts, layout, head).to(device))
+        batch = self._with_noise(make_batch(rollouts, layout, head, device))
         # Completions of one token: no drafts. Processes that share weights must unroll together.
         if not len(batch.rounds) and not self._devices.sharded:
             return None
-        policy_head = head.lm_head.to(device)
-        bfloat16 = self.config.precision == "bfloat16"
+        policy_head = self._lm_heads.on_device(head)
+        bfloat16 = computed_in(self.config.precision, device) == torch.bfloat16
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             depths = 1 if self.drafter.same_at_every_depth else self.config.draft_tokens
-            hidden = self.drafter.unroll(batch, head.embed_tokens.to(device), depths)
+            hidden = self.drafter.unroll(batch, head.embed_tokens, depths)
             result = draft_loss(
                 hidden,
                 self.drafter.head_weight(policy_head),
