@@ -103,5 +103,6 @@ def with_t2d(tensors: dict[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
     if "d2t" not in tensors:
         return tensors
     drafted = torch.zeros(vocab_size, dtype=torch.bool)
-    drafted[torch.arange(len(tensors["d2t"])) + tensors["d2t"]] = True
+    offsets = tensors["d2t"].cpu()
+    drafted[torch.arange(len(offsets)) + offsets] = True
     return tensors | {"t2d": drafted}

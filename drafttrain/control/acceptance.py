@@ -152,7 +152,7 @@ def estimate_acceptance(
         # Moved once: it is larger than what is estimated with it.
         head = replace(heads[version], lm_head=heads[version].lm_head.to(drafter.device))
         for part in split_by_tokens(same_policy, _TOKENS_AT_ONCE):
-            batch = make_batch(part, layout, head, drafter.device)
+            batch = make_batch(part, layout, head)
             w = acceptance_weights(drafter, batch, head, k, method)
             part_rounds, part_accepted = replay_rounds(w, batch)
             groups += [rollout.group for rollout in part]
@@ -169,7 +169,8 @@ def acceptance_weights(
 
     Entries whose drafted token lies outside the rollout are zero.
     """
-    device, policy_head = drafter.device, head.lm_head
+    device = drafter.device
+    batch, policy_head = batch.to(device), head.lm_head.to(device)
     hidden = drafter.unroll(batch, head.embed_tokens, k)
     draft_head = drafter.head_weight(policy_head)
     draft_rows = _rows_of_tokens(drafter.draft_ids, policy_head)

@@ -147,7 +147,7 @@ class DraftModel(Drafter):
         return cls(_read_model(folder, policy))
 
     def export(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-        model = _merged(self.model).to(dtype)
+        model = _merged(self.model).to("cpu", dtype)
         model.config.architectures = [type(model).__name__]
         # One file, whatever its size: that is what the engine swaps.
         model.save_pretrained(folder, max_shard_size="1TB")
