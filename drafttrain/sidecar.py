@@ -166,7 +166,7 @@ class Sidecar:
             drafter,
             rollouts,
             self.replay.layout,
-            self.replay.heads_of(rollouts),
+            self.trainer.heads.of(self.replay.heads_of(rollouts)),
             k=self.config.training.draft_tokens,
             method=self.config.gate.draft_sample_method,
         )

@@ -18,7 +18,7 @@ import torch
 
 from drafttrain.config import TrainingConfig
 from drafttrain.training.devices import computed_in
-from drafttrain.training.heads import LmHeads
+from drafttrain.training.heads import DeviceHeads
 
 CPU, GPU, META = torch.device("cpu"), torch.device("cuda", 0), torch.device("meta")
 POLICY = making.policy_shape()
@@ -36,31 +36,33 @@ def test_everything_trained_and_estimated_elsewhere_is_as_on_the_cpu(tmp_path: P
 
 
 def test_a_policys_head_is_moved_once() -> None:
-    heads = LmHeads(META, most_bytes=1 << 20)
+    heads = DeviceHeads(META, most_bytes=1 << 20)
     first, second = (making.policy_head(POLICY, version) for version in (0, 1))
-    moved = heads.on_device(first)
-    assert moved.device == META
-    assert heads.on_device(second) is not moved
-    assert heads.on_device(first) is moved
+    moved = heads.moved(first)
+    assert moved.lm_head.device == META
+    assert moved.embed_tokens is first.embed_tokens
+    assert heads.moved(second).lm_head is not moved.lm_head
+    assert heads.of({0: first})[0].lm_head is moved.lm_head
     # The same version of another run, or written anew.
-    assert heads.on_device(dataclasses.replace(first, lm_head=first.lm_head.clone())) is not moved
+    again = dataclasses.replace(first, lm_head=first.lm_head.clone())
+    assert heads.moved(again).lm_head is not moved.lm_head
 
 
 def test_heads_used_last_stay_within_the_bytes() -> None:
     first, second, third = (making.policy_head(POLICY, version) for version in (0, 1, 2))
-    heads = LmHeads(META, most_bytes=2 * first.lm_head.nbytes)
-    moved = [heads.on_device(head) for head in (first, second)]
-    assert heads.on_device(first) is moved[0]
-    heads.on_device(third)
-    assert heads.on_device(first) is moved[0]
-    assert heads.on_device(second) is not moved[1]
-    narrow = LmHeads(META, most_bytes=0)
-    assert narrow.on_device(first) is narrow.on_device(first)
+    heads = DeviceHeads(META, most_bytes=2 * first.lm_head.nbytes)
+    moved = [heads.moved(head).lm_head for head in (first, second)]
+    assert heads.moved(first).lm_head is moved[0]
+    heads.moved(third)
+    assert heads.moved(first).lm_head is moved[0]
+    assert heads.moved(second).lm_head is not moved[1]
+    narrow = DeviceHeads(META, most_bytes=0)
+    assert narrow.moved(first).lm_head is narrow.moved(first).lm_head
 
 
 def test_heads_that_are_there_are_not_copied() -> None:
     head = making.policy_head(POLICY)
-    assert LmHeads(CPU).on_device(head) is head.lm_head
+    assert DeviceHeads(CPU).moved(head) is head
 
 
 def test_the_default_precision_is_the_devices() -> None:

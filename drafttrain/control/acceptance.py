@@ -19,7 +19,7 @@ few that run past its end.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -122,7 +122,7 @@ def estimate_acceptance(
     drafter: Drafter,
     rollouts: Sequence[Rollout],
     layout: FeatureLayout,
-    heads: dict[int, PolicyHead],
+    heads: Mapping[int, PolicyHead],
     *,
     k: int,
     method: DraftSampleMethod = "probabilistic",

@@ -211,26 +211,27 @@ class Pretraining:
             RolloutError: none of them is whole.
         """
         k = k or self._config.training.draft_tokens
-        rollouts = [rollout for rollout in self._held_out(limit) if usable(rollout, k)]
-        if not rollouts:
+        drafter, layout = self.trainer.whole_drafter, self._corpus.layout
+        heads = self.trainer.heads.of(self._corpus.heads)
+        method = self._config.draft_sample_method
+        # One microbatch after the other: the features of all of them may not fit the memory.
+        parts = [
+            estimate_acceptance(drafter, rollouts, layout, heads, k=k, method=method)
+            for rollouts in self._held_out(limit, k)
+        ]
+        if not parts:
             problem = "no complete rollout is held out; need more"
             raise RolloutError("rollouts", "prompt groups", problem)
-        return estimate_acceptance(
-            self.trainer.whole_drafter,
-            rollouts,
-            self._corpus.layout,
-            self._corpus.heads,
-            k=k,
-            method=self._config.draft_sample_method,
-        )
+        return AcceptanceEstimate.together(parts)
 
-    def _held_out(self, limit: int | None) -> Iterator[Rollout]:
-        """From microbatches evenly spread over all lengths."""
+    def _held_out(self, limit: int | None, k: int) -> Iterator[list[Rollout]]:
+        """What can be replayed of microbatches that are evenly spread."""
         held_out = self._corpus.held_out
         count = sum(len(part.entries) for part in held_out)
         stride = 1 if limit is None else max(1, math.floor(count / limit))
         for part in held_out[::stride]:
-            yield from self._corpus.load(part)
+            if rollouts := [rollout for rollout in self._corpus.load(part) if usable(rollout, k)]:
+                yield rollouts
 
     def _progress(self, report: StepReport) -> Progress:
         return Progress(

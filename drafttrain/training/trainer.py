@@ -19,7 +19,7 @@ from drafttrain.errors import CheckpointError, RolloutError
 from drafttrain.rollouts.record import FeatureLayout, PolicyHead, Rollout
 from drafttrain.training.average import WeightAverage
 from drafttrain.training.devices import Devices, computed_in, divided_as, whole, whole_copy
-from drafttrain.training.heads import LmHeads
+from drafttrain.training.heads import DeviceHeads
 from drafttrain.training.losses import DraftLoss, draft_loss
 from drafttrain.training.state import (
     STATE,
@@ -62,6 +62,7 @@ class Trainer:
             a learning rate that decays, it is what takes the noise of the last steps out.
         step_count: optimizer steps so far.
         tokens_seen: rollout tokens trained on so far.
+        heads: the policy's, on the device that trains.
         generator: decides which rollouts a step samples; part of the saved state.
     """
 
@@ -79,7 +80,7 @@ class Trainer:
         if config.lora_rank is not None:
             drafter.add_lora(config.lora_rank)
         self._devices = devices or Devices()
-        self._lm_heads = LmHeads(self._devices.device)
+        self.heads = DeviceHeads(self._devices.device)
         self._plain = copy.deepcopy(drafter) if self._devices.sharded else drafter
         self.drafter = drafter.float()
         self.config = config
@@ -208,16 +209,16 @@ class Trainer:
         # Completions of one token: no drafts. Processes that share weights must unroll together.
         if not len(batch.rounds) and not self._devices.sharded:
             return None
-        policy_head = self._lm_heads.on_device(head)
+        head = self.heads.moved(head)
         bfloat16 = computed_in(self.config.precision, device) == torch.bfloat16
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             depths = 1 if self.drafter.same_at_every_depth else self.config.draft_tokens
             hidden = self.drafter.unroll(batch, head.embed_tokens, depths)
             result = draft_loss(
                 hidden,
-                self.drafter.head_weight(policy_head),
+                self.drafter.head_weight(head.lm_head),
                 batch,
-                policy_head,
+                head.lm_head,
                 objective=self.config.objective,
                 depth_decay=self.config.depth_decay,
                 draft_ids=self.drafter.draft_ids,
