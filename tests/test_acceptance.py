@@ -11,10 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import drafttrain.control.acceptance as acceptance
-from drafttrain.control.acceptance import AcceptanceEstimate, acceptance_weights, replay_rounds
+from drafttrain.control.acceptance import (
+    AcceptanceEstimate,
+    acceptance_weights,
+    estimate_acceptance,
+    replay_rounds,
+)
 from drafttrain.control.gate import judge
 from drafttrain.drafters import Eagle3Drafter
 from drafttrain.drafters.batch import make_batch
+from drafttrain.rollouts.record import Rollout
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -118,6 +124,37 @@ def test_weights_are_those_of_the_definition(
                 expected[depth, round_] = min(1.0, float((z / temperature).softmax(-1)[row] / p))
     assert 0 < (expected == 1).sum() < expected.numel()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_rollouts_that_cannot_be_replayed_are_passed_over() -> None:
+    policy, k = making.policy_shape(), 3
+    whole, torn, short = making.rollouts(policy, 3)
+    torn.captured[4] = False
+    short = replace(short, prompt_length=short.length - k)
+
+    def estimate(*rollouts: Rollout) -> AcceptanceEstimate:
+        heads = {0: making.policy_head(policy)}
+        return estimate_acceptance(
+            making.drafter(policy), rollouts, making.layout(policy), heads, k=k
+        )
+
+    assert estimate(torn, whole, short).groups == [whole.group]
+    for unusable in (torn, short):
+        with pytest.raises(ValueError, match="complete enough"):
+            estimate(unusable)
+
+
+def test_each_policy_versions_rollouts_are_replayed_with_its_own_head() -> None:
+    policy, k = making.policy_shape(), 2
+    old, new = (making.rollouts(policy, 2, seed=version, version=version) for version in range(2))
+    drafter, layout = making.drafter(policy), making.layout(policy)
+    heads = {version: making.policy_head(policy, version) for version in range(2)}
+    mixed = estimate_acceptance(drafter, [new[0], old[0], new[1], old[1]], layout, heads, k=k)
+    for version, rollouts in enumerate((old, new)):
+        alone = estimate_acceptance(drafter, rollouts, layout, {version: heads[version]}, k=k)
+        rows = [mixed.groups.index(group) for group in alone.groups]
+        torch.testing.assert_close(mixed.rounds[rows], alone.rounds)
+        torch.testing.assert_close(mixed.accepted[rows], alone.accepted)
 
 
 def test_figures_are_of_all_rounds_together() -> None:

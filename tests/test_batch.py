@@ -45,8 +45,10 @@ def test_each_rollout_is_found_between_its_offsets() -> None:
         assert set(batch.rollout_of[part].tolist()) == {index}
         assert torch.equal(batch.rejected[part], rejected) == (index == 2)
     assert not batch.rejected[: batch.offsets[2]].any()
-    without = make_batch([greedy, replace(masked, aux_hidden=None)], LAYOUT, HEAD)
-    assert without.aux_hidden is without.rejected is without.generated is None
+    assert batch.engine_hidden is batch.last_hidden
+    plain = make_batch([greedy, replace(told, aux_hidden=None, rejected=None)], LAYOUT, HEAD)
+    assert plain.aux_hidden is plain.rejected is plain.generated is None
+    assert torch.equal(plain.runs, torch.cat([greedy.sampled_runs, told.sampled_runs]))
 
 
 def test_states_before_the_final_norm_are_normed_and_kept() -> None:
