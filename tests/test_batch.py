@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drafttrain.drafters.batch import make_batch, split_by_tokens
+from drafttrain.drafters.batch import ROW_MULTIPLE, make_batch, pad_rows, split_by_tokens
 
 POLICY = making.policy_shape()
 LAYOUT = making.layout(POLICY)
@@ -90,7 +90,7 @@ def test_rounds_start_where_both_next_tokens_were_sampled(
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(3, 40), max_size=9), st.integers(1, 100))
+@given(st.lists(st.integers(3, 12), max_size=9), st.integers(1, 40))
 def test_parts_are_as_full_as_their_limit_allows(lengths: list[int], tokens: int) -> None:
     template = making.rollouts(POLICY, 1)[0]
     rollouts = [replace(template, tokens=torch.zeros(length)) for length in lengths]
@@ -100,3 +100,13 @@ def test_parts_are_as_full_as_their_limit_allows(lengths: list[int], tokens: int
     assert all(part and (sum(part) <= tokens or len(part) == 1) for part in found)
     for part, following in itertools.pairwise(found):
         assert sum(part) + following[0] > tokens
+
+
+@given(st.lists(st.integers(0, 9), max_size=200), st.none() | st.integers(0, 9))
+def test_padding_is_one_row_at_least(rows: list[int], fill: int | None) -> None:
+    padded = pad_rows(torch.tensor(rows, dtype=torch.int64), fill).tolist()
+    assert padded[: len(rows)] == rows
+    expected = [*rows, 0][0] if fill is None else fill
+    assert set(padded[len(rows) :]) == {expected}
+    assert 1 <= len(padded) - len(rows) <= ROW_MULTIPLE
+    assert len(padded) % ROW_MULTIPLE == 0
