@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import making
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drafttrain.control.acceptance import AcceptanceEstimate, replay_rounds
+import drafttrain.control.acceptance as acceptance
+from drafttrain.control.acceptance import (
+    AcceptanceEstimate,
+    acceptance_weights,
+    estimate_acceptance,
+    replay_rounds,
+)
 from drafttrain.control.gate import judge
+from drafttrain.drafters import Eagle3Drafter
+from drafttrain.drafters.batch import make_batch
+from drafttrain.rollouts.record import Rollout
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -67,6 +79,93 @@ def test_a_rollout_is_counted_alike_alone_and_beside_another() -> None:
         torch.testing.assert_close(both[1][place], alone[1][0])
 
 
+@pytest.mark.parametrize("method", ["greedy", "probabilistic"])
+@pytest.mark.parametrize("draft_ids", [None, torch.arange(0, 23, 2)], ids=["all", "every second"])
+@pytest.mark.parametrize("logits_at_once", [1, 7 * 23, 1 << 24])
+def test_weights_are_those_of_the_definition(
+    method: str,
+    draft_ids: torch.Tensor | None,
+    logits_at_once: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(acceptance, "_LOGITS_AT_ONCE", logits_at_once)
+    policy, k = making.policy_shape(), 3
+    torch.manual_seed(0)
+    drafter = Eagle3Drafter.initialise(policy, layer_ids=making.LAYERS, draft_ids=draft_ids)
+    for parameter in drafter.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    temperatures = (1.0, 0.6, 1.4)
+    sampled = [
+        replace(rollout, temperature=temperature)
+        for rollout, temperature in zip(making.rollouts(policy, 3), temperatures, strict=True)
+    ]
+    head = making.policy_head(policy)
+    batch = make_batch(sampled, making.layout(policy), head)
+    ids = list(range(policy.vocab_size)) if draft_ids is None else draft_ids.tolist()
+    found = acceptance_weights(drafter, batch, head, k, method)
+    with torch.no_grad():
+        logits = drafter.unroll(batch, head.embed_tokens, k) @ drafter.head_weight(head.lm_head).T
+    expected = torch.zeros(k, len(batch.rounds), dtype=torch.float64)
+    for round_, slot in enumerate(batch.rounds.tolist()):
+        rollout = int(batch.rollout_of[slot])
+        for depth in range(k):
+            place = slot + 2 + depth  # of the drafted token
+            if (
+                place >= batch.offsets[rollout + 1]
+                or (token := int(batch.tokens[place])) not in ids
+            ):
+                continue
+            z, row = logits[depth, round_], ids.index(token)
+            if method == "greedy":
+                expected[depth, round_] = float(z.argmax() == row)
+            else:
+                temperature = temperatures[rollout]
+                p = (head.lm_head @ batch.last_hidden[place - 1] / temperature).softmax(-1)[token]
+                expected[depth, round_] = min(1.0, float((z / temperature).softmax(-1)[row] / p))
+    assert 0 < (expected == 1).sum() < expected.numel()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_rollouts_that_cannot_be_replayed_are_passed_over() -> None:
+    policy, k = making.policy_shape(), 3
+    whole, torn, short = making.rollouts(policy, 3)
+    torn.captured[4] = False
+    short = replace(short, prompt_length=short.length - k)
+
+    def estimate(*rollouts: Rollout) -> AcceptanceEstimate:
+        heads = {0: making.policy_head(policy)}
+        return estimate_acceptance(
+            making.drafter(policy), rollouts, making.layout(policy), heads, k=k
+        )
+
+    assert estimate(torn, whole, short).groups == [whole.group]
+    for unusable in (torn, short):
+        with pytest.raises(ValueError, match="complete enough"):
+            estimate(unusable)
+
+
+def test_each_policy_versions_rollouts_are_replayed_with_its_own_head() -> None:
+    policy, k = making.policy_shape(), 2
+    old, new = (making.rollouts(policy, 2, seed=version, version=version) for version in range(2))
+    drafter, layout = making.drafter(policy), making.layout(policy)
+    heads = {version: making.policy_head(policy, version) for version in range(2)}
+    mixed = estimate_acceptance(drafter, [new[0], old[0], new[1], old[1]], layout, heads, k=k)
+    for version, rollouts in enumerate((old, new)):
+        alone = estimate_acceptance(drafter, rollouts, layout, {version: heads[version]}, k=k)
+        rows = [mixed.groups.index(group) for group in alone.groups]
+        torch.testing.assert_close(mixed.rounds[rows], alone.rounds)
+        torch.testing.assert_close(mixed.accepted[rows], alone.accepted)
+
+
+def test_figures_are_of_all_rounds_together() -> None:
+    rounds = torch.tensor([10.0, 30.0, 10.0], dtype=torch.float64)
+    accepted = torch.tensor([[8.0, 4.0], [12.0, 6.0], [5.0, 5.0]], dtype=torch.float64)
+    estimate = AcceptanceEstimate(["a", "b", "a"], rounds, accepted)
+    assert estimate.accepted_per_position == pytest.approx([0.5, 0.3])
+    assert estimate.acceptance_length == pytest.approx(1.8)
+    assert [sums.tolist() for sums in estimate.by_group()] == [[22.0, 18.0], [20.0, 30.0]]
+
+
 def estimate_of(per_group: list[float], noise: float, seed: int) -> AcceptanceEstimate:
     generator = torch.Generator().manual_seed(seed)
     groups = [f"g{i // 4}" for i in range(4 * len(per_group))]
@@ -74,6 +173,15 @@ def estimate_of(per_group: list[float], noise: float, seed: int) -> AcceptanceEs
     rates = rates + noise * torch.randn(len(groups), 1, generator=generator, dtype=torch.float64)
     rounds = torch.full((len(groups),), 10.0, dtype=torch.float64)
     return AcceptanceEstimate(groups, rounds, rates * rounds[:, None])
+
+
+@pytest.mark.parametrize(("level", "deviations"), [(0.9, 1.645), (0.5, 0.674)])
+def test_the_interval_is_that_of_a_mean_over_groups(level: float, deviations: float) -> None:
+    rates = torch.rand(200, generator=seeded(0))
+    low, high = estimate_of(rates.tolist(), 0.0, seed=0).interval(level)
+    mean, error = 1.0 + float(rates.mean()), float(rates.std()) / len(rates) ** 0.5
+    assert (low - mean) / error == pytest.approx(-deviations, abs=0.15)
+    assert (high - mean) / error == pytest.approx(deviations, abs=0.15)
 
 
 def test_gate_publishes_a_clear_gain_and_refuses_noise() -> None:

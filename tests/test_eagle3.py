@@ -19,6 +19,7 @@ from torch.func import functional_call
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import drafttrain.drafters.attention_plan as attention_plan
+from drafttrain.checkpoints.verify import verify
 from drafttrain.drafters.batch import Batch
 from drafttrain.drafters.eagle3 import Eagle3Drafter
 from drafttrain.drafters.eagle3_config import default_layer_ids
@@ -173,6 +174,15 @@ def assert_drafts_token_by_token(drafter: Eagle3Drafter, policy: PolicyShape) ->
             assert alone.aux_hidden is not None
             expected = draft_one_round(drafter, alone.tokens, alone.aux_hidden, embed, slot, DEPTHS)
             torch.testing.assert_close(unrolled[:, round_], expected)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_a_variant_has_the_tensors_its_config_tells_of(
+    variant: dict[str, Any], tmp_path: Path
+) -> None:
+    drafter = tiny_drafter(making.policy_shape(), **variant)
+    drafter.export(tmp_path)
+    assert len(verify(tmp_path).tensors) == len(drafter.state_dict())
 
 
 @pytest.mark.parametrize("windows", [(5, None), (None, 4), (1, 2), (3, 3)], ids=str)

@@ -29,6 +29,18 @@ def survive(chance: float, k: int) -> list[float]:
     return [chance**j for j in range(1, k + 1)]
 
 
+@given(costs, batches, st.integers(0, 6), chances)
+def test_a_step_takes_the_sum_of_its_costs(
+    cost: EngineCost, batch: int, k: int, chance: float
+) -> None:
+    seconds = cost.step + cost.request * batch + cost.token * batch * (k + 1)
+    seconds += cost.draft * k + (cost.speculation if k else 0.0)
+    assert cost.step_seconds(batch, k) == pytest.approx(seconds)
+    accepted = survive(chance, 6)
+    tokens = batch * (1 + sum(accepted[:k]))
+    assert cost.tokens_per_second(batch, k, accepted) == pytest.approx(tokens / seconds)
+
+
 @given(costs)
 def test_fit_finds_the_costs_that_made_the_timings(cost: EngineCost) -> None:
     timings = [StepTiming(b, k, cost.step_seconds(b, k)) for b in (1, 8, 64) for k in (0, 1, 3, 5)]

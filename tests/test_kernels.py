@@ -51,9 +51,15 @@ def test_swiglu() -> None:
     assert_same(swiglu(x), F.silu(x[:, :5]) * x[:, 5:], x)
 
 
-def test_take_rows() -> None:
-    x, rows = normal(6, 2, 3), torch.tensor([4, 0, 5])
-    assert_same(take_rows(x, rows), x[rows], x)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [3, 4])  # in float32, rows of whole words of 8 bytes and not
+def test_take_rows(dtype: torch.dtype, width: int) -> None:
+    x, rows = normal(6, 1, width).detach().to(dtype).requires_grad_(), torch.tensor([4, 0, 5, 1])
+    taken, direction = take_rows(x, rows), normal(4, 1, width).detach().to(dtype)
+    assert torch.equal(taken, x[rows])
+    (ours,) = torch.autograd.grad(taken, x, direction)
+    (theirs,) = torch.autograd.grad(x[rows], x, direction)
+    assert torch.equal(ours, theirs)
 
 
 def plain_attention(
@@ -91,7 +97,7 @@ def attended(
 @given(
     st.lists(st.tuples(st.integers(1, 9), st.integers(0, 12)), min_size=1, max_size=7),
     st.integers(1, 3),
-    st.sampled_from([30, 200, 1 << 17]),
+    st.sampled_from([1, 30, 200, 1 << 17]),
     st.sampled_from([None, 1, 2, 3, 7]),
     st.sets(st.integers(0, 60), max_size=4),
 )

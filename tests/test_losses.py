@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from objective_reference import by_definition
 from torch import Tensor
 
+import drafttrain.training.losses as losses
 from drafttrain.drafters.batch import Batch
 from drafttrain.training.fused import Softmax, values_of
 from drafttrain.training.losses import draft_loss
 from drafttrain.training.objectives import OBJECTIVES, ObjectiveName
 
 H, V, DEPTHS = 8, 17, 3
-PROMPTS, LENGTHS = [4, 2, 6], [14, 11, 9]
+PROMPTS, LENGTHS, TEMPERATURES = [4, 2, 6], [14, 11, 9], [1.0, 0.7, 1.3]
 
 
-def make_batch(scale: float, seed: int = 0) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
-    offsets = torch.tensor([0, *LENGTHS]).cumsum(0)
-    captured = torch.ones(sum(LENGTHS), dtype=torch.bool)
+def make_batch(
+    scale: float,
+    prompts: Sequence[int] = PROMPTS,
+    lengths: Sequence[int] = LENGTHS,
+    temperatures: Sequence[float] = TEMPERATURES,
+) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    total, offsets = sum(lengths), torch.tensor([0, *lengths]).cumsum(0)
+    captured = torch.ones(total, dtype=torch.bool)
     captured[offsets[1:] - 1] = False
-    captured[9] = False
+    captured[9:10] = False
     return Batch(
-        tokens=torch.randint(V, (sum(LENGTHS),), generator=generator),
+        tokens=torch.randint(V, (total,), generator=generator),
         offsets=offsets,
         captured=captured,
-        last_hidden=torch.randn(sum(LENGTHS), H, generator=generator, dtype=torch.float64) * scale,
+        last_hidden=torch.randn(total, H, generator=generator, dtype=torch.float64) * scale,
         aux_hidden=None,
-        prompt_lengths=torch.tensor(PROMPTS),
-        temperatures=torch.tensor([1.0, 0.7, 1.3], dtype=torch.float64),
+        prompt_lengths=torch.tensor(prompts),
+        temperatures=torch.tensor(temperatures, dtype=torch.float64),
     )
 
 
@@ -44,30 +55,30 @@ def reference_loss(
     depth_decay: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """One row, one depth at a time, straight from the definitions; float64."""
-    values, weights, overlaps = [], [], [[] for _ in range(DEPTHS)]
+    total, weight = 0.0 * (hidden.sum() + head.sum()), torch.zeros((), dtype=torch.float64)
+    overlaps: list[list[Tensor]] = [[] for _ in hidden]
     drafted = torch.arange(V) if draft_ids is None else draft_ids
     if token_weights is None:
         token_weights = torch.ones(len(batch.tokens), dtype=torch.float64)
-    starts = batch.rounds.tolist()
-    for b, (prompt, length) in enumerate(zip(PROMPTS, LENGTHS, strict=True)):
+    starts, sampled = batch.rounds.tolist(), batch.runs > 0
+    for b, length in enumerate(batch.lengths.tolist()):
         first, temperature = int(batch.offsets[b]), batch.temperatures[b]
-        for depth in range(DEPTHS):
-            # The first round starts after the first sampled token, tokens[prompt].
-            for slot in range(prompt - 1, length):
-                row = slot + 1 + depth
-                if row >= length or not batch.captured[first + row] or first + slot not in starts:
+        for depth in range(len(hidden)):
+            for slot in range(first, first + length):
+                row = slot + 1 + depth  # predicts the token after it
+                if row + 1 >= first + length or not batch.captured[row] or slot not in starts:
                     continue
-                p = (policy_head @ batch.last_hidden[first + row] / temperature).softmax(-1)[
-                    drafted
-                ]
-                drafting = hidden[depth, starts.index(first + slot)]
-                q = (head @ drafting / temperature).softmax(-1)
-                values.append(by_definition(objective, p, q, 1 - p.sum()))
-                weights.append(token_weights[first + row + 1] * depth_decay**depth)
+                if not sampled[slot + 1 : row + 2].all():  # others spoke in between
+                    continue
+                p = (policy_head @ batch.last_hidden[row] / temperature).softmax(-1)[drafted]
+                q = (head @ hidden[depth, starts.index(slot)] / temperature).softmax(-1)
+                here = token_weights[row + 1] * depth_decay**depth
+                total = total + here * by_definition(objective, p, q, 1 - p.sum())
+                weight += here
                 overlaps[depth].append(torch.minimum(p, q).sum().detach())
-    weight = torch.stack(weights)
-    loss = (torch.stack(values) * weight).sum() / weight.sum()
-    return loss, torch.stack([torch.stack(o).mean() for o in overlaps])
+    nothing = torch.zeros((), dtype=torch.float64)
+    means = [torch.stack(o).mean() if o else nothing for o in overlaps]
+    return total / weight if weight else total, torch.stack(means)
 
 
 @pytest.mark.parametrize("objective", list(OBJECTIVES))
@@ -95,6 +106,50 @@ def test_loss_and_gradients_equal_the_eager_reference(
     torch.testing.assert_close(result.acceptance, overlap)
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(grad, expected_grad)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(["soft_cross_entropy", "lk"]),
+    st.lists(st.tuples(st.integers(1, 3), st.integers(0, 9)), min_size=1, max_size=3),
+    st.sampled_from([[1.0] * 3, [0.6] * 3, TEMPERATURES]),
+    st.sets(st.integers(0, 20), max_size=6),
+    st.sets(st.integers(0, 30), max_size=3) | st.none(),
+    st.sampled_from([1, 4 * V, 1 << 20]),
+)
+def test_any_rollouts_give_what_the_reference_gives(
+    objective: ObjectiveName,
+    sizes: list[tuple[int, int]],
+    temperatures: list[float],
+    missing: set[int],
+    by_others: set[int] | None,
+    elements_at_once: int,
+) -> None:
+    """Whatever is captured, the last rows too, and wherever others spoke in between."""
+    prompts, lengths = [p for p, _ in sizes], [p + completion for p, completion in sizes]
+    batch = make_batch(1.0, prompts, lengths, temperatures[: len(sizes)])
+    index = torch.arange(len(batch.tokens))
+    batch.captured[:] = ~torch.isin(index, torch.tensor(sorted(missing)))
+    if by_others is not None:
+        generated = (batch.runs > 0) & ~torch.isin(index, torch.tensor(sorted(by_others)))
+        batch = replace(batch, generated=generated)
+    assume(len(batch.rounds))
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(DEPTHS, len(batch.rounds), H, generator=generator, dtype=torch.float64)
+    head, policy_head = torch.randn(2, V, H, generator=generator, dtype=torch.float64)
+    inputs = hidden.requires_grad_(), head.requires_grad_()
+
+    expected, overlap = reference_loss(*inputs, batch, policy_head, objective)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(losses, "_BLOCK_ELEMENTS_CPU", elements_at_once)
+        result = draft_loss(*inputs, batch, policy_head, objective=objective)
+    sampled = batch.runs > 0
+    assert result.rows == int((batch.captured[:-1] & sampled[:-1] & sampled[1:]).sum())
+    torch.testing.assert_close(result.loss, expected)
+    torch.testing.assert_close(result.acceptance, overlap)
+    expected_grads = torch.autograd.grad(expected, inputs)
+    for grad, other in zip(torch.autograd.grad(result.loss, inputs), expected_grads, strict=True):
+        torch.testing.assert_close(grad, other)
 
 
 @pytest.mark.parametrize("objective", list(OBJECTIVES))

@@ -94,6 +94,12 @@ def test_a_published_version_is_whole_and_servable(registry: Registry, drafter: 
     assert verified.manifest.tensors["fc.weight"].shape == [8, 24]
 
 
+def test_weights_may_be_as_large_as_their_config_says(registry: Registry, tmp_path: Path) -> None:
+    config = {**CONFIG, "intermediate_size": 100_000}  # 9.6 MB
+    publish(registry, write_drafter(tmp_path / "large", config, make_tensors(config)))
+    verify(registry.folder(1), TARGET)
+
+
 def test_pointers_follow_publishing_and_people(registry: Registry, drafter: Path) -> None:
     assert registry.latest() is registry.stable() is None
     assert registry.versions() == []

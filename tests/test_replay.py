@@ -39,7 +39,8 @@ def test_refresh_finds_what_is_new_and_only_that(tmp_path: Path) -> None:
     assert replay.newest_policy_version is None
     assert replay.refresh() == 4
     assert replay.refresh() == 0
-    fill(tmp_path, [1, 2], rollouts=3)
+    more = fill(tmp_path, [1, 2], rollouts=3)
+    assert {path.parent for path in more} == {replay.segments_folder}
     assert replay.refresh() == 6
     assert [rollout.policy_version for rollout in replay.training] == [0] * 4 + [1] * 3 + [2] * 3
     assert replay.newest_policy_version == 2
@@ -177,6 +178,19 @@ def test_rollouts_without_their_policy_s_head_wait_for_it(
     assert sorted(replay.heads_of(replay.training)) == [0, 1]
     assert torch.equal(replay.head(1).lm_head, make_head(1).lm_head)
     assert replay.head(1) is replay.head(1)
+
+
+def test_rollouts_go_with_a_head_that_their_engine_has_let_go(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(tmp_path, [0, 1])
+    replay = opened(tmp_path, holdout_fraction=0.0)
+    assert {rollout.policy_version for rollout in replay.training} == {0, 1}
+    next((tmp_path / "heads").glob("*0.safetensors")).unlink()
+    with caplog.at_level(logging.WARNING):
+        replay.refresh()
+    assert {rollout.policy_version for rollout in replay.training} == {1}
+    assert not caplog.records
 
 
 def test_segments_of_another_layout_are_passed_over(

@@ -134,5 +134,5 @@ class _TakeRows(torch.autograd.Function):
 def _in_words(rows: Tensor) -> Tensor:
     """The same memory in numbers of 8 bytes, where rows have whole ones: fewer to copy."""
     rows = rows.flatten(1)
-    whole = rows.is_contiguous() and rows.shape[1] * rows.element_size() % 8 == 0
+    whole = rows.shape[1] * rows.element_size() % 8 == 0
     return rows.view(torch.int64) if whole else rows
