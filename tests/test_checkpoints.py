@@ -87,6 +87,7 @@ def test_eagle3_tensors_are_those_of_the_engine() -> None:
     [
         ({"architectures": ["Eagle3Speculator"]}, "architectures"),
         ({"architectures": None}, "architectures"),
+        ({"architectures": [1]}, "architectures"),
         ({"hidden_size": None}, "hidden_size"),
         ({"hidden_size": "8"}, "hidden_size"),
         ({"intermediate_size": -1}, "intermediate_size"),

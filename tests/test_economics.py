@@ -74,7 +74,12 @@ def test_a_cost_is_never_negative() -> None:
 
 @pytest.mark.parametrize(
     "timings",
-    [[], [StepTiming(1, 0, 0.1)], [StepTiming(1, 0, 0.1), StepTiming(1, 1, 0.0)]],
+    [
+        [],
+        [StepTiming(1, 0, 0.1)],
+        [StepTiming(1, 0, 0.1), StepTiming(1, 1, 0.0)],
+        [StepTiming(1, 0, 0.1), StepTiming(1, -1, 0.1)],
+    ],
 )
 def test_timings_that_say_nothing_are_refused(timings: list[StepTiming]) -> None:
     with pytest.raises(ValueError, match="timing"):
