@@ -204,3 +204,25 @@ def test_yarn_stretches_the_length_it_had(tmp_path: Path) -> None:
     assert isinstance(drafter, Eagle3Drafter)
     assert drafter.config.max_position_embeddings == policy.max_length
     assert drafter.config.rope_parameters["original_max_position_embeddings"] == own
+
+
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_mrope_turns_text_as_plain_rope(tmp_path: Path, key: str) -> None:
+    """The engine calls it so, and keeps the sections, which are for pictures."""
+    policy = making.policy_shape()
+    plain = {"rope_type": "default", "rope_theta": 5e5}
+    mrope = {key: "mrope", "mrope_section": [2, 3, 3]}
+
+    def turning(name: str, rope: dict[str, Any]) -> Eagle3Drafter:
+        changes = {"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": rope}
+        folder = published(tmp_path / name, lambda config, _: config.update(changes))
+        drafter = load_drafter(folder, policy)
+        assert isinstance(drafter, Eagle3Drafter)
+        return drafter
+
+    found, expected = turning("mrope", mrope), turning("plain", plain)
+    turns = [drafter._rotations(20, torch.float32) for drafter in (found, expected)]
+    assert torch.equal(*turns)
+    assert found.config.rope_parameters == plain | {"mrope_section": [2, 3, 3]}
+    with pytest.raises(CheckpointError, match=r"rope_scaling\.mrope_section: missing"):
+        turning("refused", {key: "mrope"})
