@@ -24,7 +24,8 @@ from drafttrain.pretrain.run import Pretraining, PretrainReport, Progress
 from drafttrain.publishing import as_manifest_entry, publish_drafter
 from drafttrain.training.devices import Devices
 
-_STATE = "trainer.safetensors"
+# The state, and what a kill leaves of it while it is saved.
+_STATE, _HALF_STATE = "trainer.safetensors", "trainer.safetensors.tmp"
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,8 @@ def run_pretrain(
     cost = memory_bound_cost(registry.folder(manifest.version), command.inputs.target)
     with writing(command.out, f"report of version {manifest.version}, which is published"):
         path = write_report(command.out, manifest, report, estimates, cost)
-    (command.out / _STATE).unlink(missing_ok=True)
+    for name in (_STATE, _HALF_STATE):
+        (command.out / name).unlink(missing_ok=True)
     return Pretrained(manifest, report, path)
 
 
@@ -133,9 +135,14 @@ def _open_out(command: PretrainCommand) -> None:
         raise ConfigError(command.out, "run", problem)
     if unfinished and not command.resume:
         raise ConfigError(command.out, "run", "is unfinished; --resume continues it, or delete it")
-    if not (command.resume or (command.out / REPORT).exists()):
-        check_new_folder(command.out)  # an earlier run's is used again
+    if not (command.resume or _is_an_earlier_runs(command.out)):
+        check_new_folder(command.out)
     make_folder(command.out)
+
+
+def _is_an_earlier_runs(out: Path) -> bool:
+    """Whether a run has ended here, or was killed in its first save; it may then be used again."""
+    return (out / REPORT).exists() or [path.name for path in out.glob("*")] == [_HALF_STATE]
 
 
 def _open(command: PretrainCommand, drafter: Drafter, say: Say, devices: Devices) -> Opened:
