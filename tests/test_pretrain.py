@@ -148,13 +148,18 @@ def test_a_kill_changes_nothing(files: Path, tmp_path: Path) -> None:
 
 
 KILLED = """
-import os, pathlib, signal, sys
+import os, pathlib, signal, sys, threading, torch
 sys.path.insert(0, {tests!r})
 import test_pretrain as t
 from drafttrain.training import trainer
 
+save_file = trainer.save_file
+
 def save_half(tensors, path, metadata):
-    path.write_bytes(bytes(100))
+    long = dict(tensors, long=torch.zeros(1 << 27))
+    threading.Thread(target=save_file, args=(long, path, metadata)).start()
+    while not any(path.parent.iterdir()):
+        pass
     os.kill(os.getpid(), signal.SIGKILL)
 
 trainer.save_file = save_half
@@ -168,6 +173,7 @@ def test_a_run_killed_in_its_first_save_begins_again(files: Path, tmp_path: Path
     killed = subprocess.run([sys.executable, "-c", script], capture_output=True)
     assert killed.returncode == -signal.SIGKILL
     (half,) = (out / "run").iterdir()
+    assert half.name != "trainer.safetensors"
     with pytest.raises(ConfigError, match="nothing to resume"):
         run_pretrain(command(files, out, resume=True))
     for name in ("notes.txt", ".notes"):  # beside which it may be anyone's
@@ -177,7 +183,7 @@ def test_a_run_killed_in_its_first_save_begins_again(files: Path, tmp_path: Path
             run_pretrain(command(files, out))
         other.unlink()
     pretrain(command(files, out))
-    assert not half.exists()
+    assert {path.name for path in (out / "run").iterdir()} == {"report.md", "report.png"}
     run_pretrain(command(files, tmp_path / "straight"))
     assert_same_weights(out, tmp_path / "straight")
 

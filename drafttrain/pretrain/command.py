@@ -24,8 +24,9 @@ from drafttrain.pretrain.run import Pretraining, PretrainReport, Progress
 from drafttrain.publishing import as_manifest_entry, publish_drafter
 from drafttrain.training.devices import Devices
 
-# The state, and what a kill leaves of it while it is saved.
-_STATE, _HALF_STATE = "trainer.safetensors", "trainer.safetensors.tmp"
+_STATE = "trainer.safetensors"
+# What a kill leaves of a state that is being saved: the trainer's name for it, and safetensors'.
+_HALF_STATES = (f"{_STATE}.tmp", ".tmp??????")
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,8 @@ def run_pretrain(
     cost = memory_bound_cost(registry.folder(manifest.version), command.inputs.target)
     with writing(command.out, f"report of version {manifest.version}, which is published"):
         path = write_report(command.out, manifest, report, estimates, cost)
-    for name in (_STATE, _HALF_STATE):
-        (command.out / name).unlink(missing_ok=True)
+    for left in (command.out / _STATE, *_half_states(command.out)):
+        left.unlink(missing_ok=True)
     return Pretrained(manifest, report, path)
 
 
@@ -142,7 +143,11 @@ def _open_out(command: PretrainCommand) -> None:
 
 def _is_an_earlier_runs(out: Path) -> bool:
     """Whether a run has ended here, or was killed in its first save; it may then be used again."""
-    return (out / REPORT).exists() or [path.name for path in out.glob("*")] == [_HALF_STATE]
+    return (out / REPORT).exists() or _half_states(out) == set(out.glob("*"))
+
+
+def _half_states(out: Path) -> set[Path]:
+    return {path for pattern in _HALF_STATES for path in out.glob(pattern)}
 
 
 def _open(command: PretrainCommand, drafter: Drafter, say: Say, devices: Devices) -> Opened:
