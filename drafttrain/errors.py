@@ -6,6 +6,7 @@
     ├── InputError                  what the user gave is wrong        (exit status 2)
     │   ├── ConfigError             the configuration file
     │   ├── CheckpointError         a policy or drafter folder, or a registry
+    │   │   └── OvertakenError      a registry's latest version is another by now
     │   └── RolloutError            saved rollouts, or a spool segment
     ├── SpoolError                  the spool cannot be written (full disk, permissions)
     └── EngineError                 an engine has no plugin, or refused
@@ -53,6 +54,10 @@ class ConfigError(InputError):
 
 class CheckpointError(InputError):
     """A policy folder, a drafter folder or a registry is missing, damaged or does not fit."""
+
+
+class OvertakenError(CheckpointError):
+    """A registry's latest version is no longer the one that a new one was to follow."""
 
 
 class RolloutError(InputError):

@@ -43,8 +43,9 @@ def publish_drafter(
     lineage: Lineage,
     acceptance: Acceptance | None,
     dtype: torch.dtype = torch.float32,
+    over: int | None = None,
 ) -> Manifest:
-    """Export `drafter` and publish it; it is verified on the way."""
+    """Export `drafter` and publish it (:meth:`Registry.publish`); it is verified on the way."""
     with tempfile.TemporaryDirectory() as folder:
         with writing(Path(folder)):
             drafter.export(Path(folder), dtype)
@@ -55,6 +56,7 @@ def publish_drafter(
             parent=parent,
             lineage=lineage,
             acceptance=acceptance,
+            over=over,
         )
 
 

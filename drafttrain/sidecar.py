@@ -30,7 +30,7 @@ from drafttrain.control.gate import Verdict, judge
 from drafttrain.drafters import load_drafter
 from drafttrain.drafters.contract import Drafter
 from drafttrain.drafters.policy import PolicyShape
-from drafttrain.errors import ConfigError, EngineUnreachable
+from drafttrain.errors import ConfigError, EngineUnreachable, OvertakenError
 from drafttrain.outputs import writing
 from drafttrain.publishing import as_manifest_entry, publish_drafter, publish_folder
 from drafttrain.rollouts.record import Rollout
@@ -148,18 +148,15 @@ class Sidecar:
         gate = self.config.gate
         verdict = judge(candidate, serving, margin=gate.margin, level=gate.level)
         self.events.append("judged", step=self.trainer.step_count, **vars(verdict))
-        if not verdict.publish or self._is_overtaken():
+        if not verdict.publish:
             return False
-        self._publish(candidate, verdict, held_out)
-        return True
-
-    def _is_overtaken(self) -> bool:
-        """Whether someone published or rolled back since; the next candidate is judged by that."""
-        latest = self.registry.latest() or self.serving_version
-        overtaken = latest != self.serving_version
-        if overtaken:
+        try:
+            self._publish(candidate, verdict, held_out)
+        except OvertakenError:  # the next candidate is judged by what is the latest now
+            latest = self.registry.latest()
             self.events.append("overtaken", judged_against=self.serving_version, latest=latest)
-        return overtaken
+            return False
+        return True
 
     def _estimate(self, drafter: Drafter, rollouts: list[Rollout]) -> AcceptanceEstimate:
         return estimate_acceptance(
@@ -181,6 +178,7 @@ class Sidecar:
             self.trainer.average,
             self.target,
             parent=self.serving_version,
+            over=self.serving_version,
             lineage=Lineage(
                 policy_versions=sorted({rollout.policy_version for rollout in trained_on}),
                 rollouts=len(trained_on),

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from drafttrain.checkpoints.registry import Registry
 from drafttrain.config import PretrainConfig, TrainingConfig
-from drafttrain.errors import ConfigError, RolloutError, SpoolError
+from drafttrain.errors import CheckpointError, ConfigError, RolloutError, SpoolError
 from drafttrain.opening import Inputs, open_corpus
 from drafttrain.pretrain.command import PretrainCommand, Pretrained, run_pretrain
 
@@ -145,6 +145,47 @@ def test_a_kill_changes_nothing(files: Path, tmp_path: Path) -> None:
     assert found["losses"] == expected["losses"][-len(found["losses"]) :]
     assert found["history"] == expected["history"]
     assert_same_weights(tmp_path / "straight", killed)
+
+
+KILLED = """
+import os, pathlib, signal, sys, threading, torch
+sys.path.insert(0, {tests!r})
+import test_pretrain as t
+from drafttrain.training import trainer
+
+save_file = trainer.save_file
+
+def save_half(tensors, path, metadata):
+    long = dict(tensors, long=torch.zeros(1 << 27))
+    threading.Thread(target=save_file, args=(long, path, metadata)).start()
+    while not any(path.parent.iterdir()):
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
+
+trainer.save_file = save_half
+t.run_pretrain(t.command(pathlib.Path({files!r}), pathlib.Path({out!r})))
+"""
+
+
+def test_a_run_killed_in_its_first_save_begins_again(files: Path, tmp_path: Path) -> None:
+    out, tests = tmp_path / "killed", str(Path(__file__).parent)
+    script = KILLED.format(tests=tests, files=str(files), out=str(out))
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    (half,) = (out / "run").iterdir()
+    assert half.name != "trainer.safetensors"
+    with pytest.raises(ConfigError, match="nothing to resume"):
+        run_pretrain(command(files, out, resume=True))
+    for name in ("notes.txt", ".notes"):  # beside which it may be anyone's
+        other = out / "run" / name
+        other.touch()
+        with pytest.raises(CheckpointError, match="exists already"):
+            run_pretrain(command(files, out))
+        other.unlink()
+    pretrain(command(files, out))
+    assert {path.name for path in (out / "run").iterdir()} == {"report.md", "report.png"}
+    run_pretrain(command(files, tmp_path / "straight"))
+    assert_same_weights(out, tmp_path / "straight")
 
 
 def test_an_unfinished_run_is_not_overwritten_nor_mixed_up(files: Path, tmp_path: Path) -> None:

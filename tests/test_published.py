@@ -120,6 +120,27 @@ def test_a_missing_head_is_the_policys(policy: Path, tmp_path: Path) -> None:
         load_drafter(folder, making.policy_shape())
 
 
+@pytest.mark.parametrize("marks", [torch.uint8, torch.int32, torch.int64])
+def test_a_draft_vocabulary_in_other_integers_is_written_as_ours(
+    policy: Path, tmp_path: Path, marks: torch.dtype
+) -> None:
+    """The engine widens ``d2t`` and passes ``t2d`` over."""
+    ids = torch.tensor([1, 4, 5, 11])
+
+    def narrow(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        config["draft_vocab_size"] = len(ids)
+        tensors["lm_head.weight"] = tensors["lm_head.weight"][ids]
+        tensors["d2t"] = (ids - torch.arange(len(ids))).int()
+        tensors["t2d"] = torch.zeros(config["vocab_size"], dtype=marks).index_fill(0, ids, 1)
+
+    registry = Registry(tmp_path / "registry")
+    publish_folder(published(tmp_path / "narrow", narrow), policy, registry)
+    written = verify(registry.folder(1)).tensors
+    assert (written["d2t"].dtype, written["t2d"].dtype) == (torch.int64, torch.bool)
+    assert (written["d2t"] + torch.arange(len(ids))).tolist() == ids.tolist()
+    assert written["t2d"].nonzero()[:, 0].tolist() == ids.tolist()
+
+
 def drop(tensors: dict[str, Tensor], name: str) -> None:
     del tensors[name]
 
@@ -183,3 +204,25 @@ def test_yarn_stretches_the_length_it_had(tmp_path: Path) -> None:
     assert isinstance(drafter, Eagle3Drafter)
     assert drafter.config.max_position_embeddings == policy.max_length
     assert drafter.config.rope_parameters["original_max_position_embeddings"] == own
+
+
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_mrope_turns_text_as_plain_rope(tmp_path: Path, key: str) -> None:
+    """The engine calls it so, and keeps the sections, which are for pictures."""
+    policy = making.policy_shape()
+    plain = {"rope_type": "default", "rope_theta": 5e5}
+    mrope = {key: "mrope", "mrope_section": [2, 3, 3]}
+
+    def turning(name: str, rope: dict[str, Any]) -> Eagle3Drafter:
+        changes = {"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": rope}
+        folder = published(tmp_path / name, lambda config, _: config.update(changes))
+        drafter = load_drafter(folder, policy)
+        assert isinstance(drafter, Eagle3Drafter)
+        return drafter
+
+    found, expected = turning("mrope", mrope), turning("plain", plain)
+    turns = [drafter._rotations(20, torch.float32) for drafter in (found, expected)]
+    assert torch.equal(*turns)
+    assert found.config.rope_parameters == plain | {"mrope_section": [2, 3, 3]}
+    with pytest.raises(CheckpointError, match=r"rope_scaling\.mrope_section: missing"):
+        turning("refused", {key: "mrope"})

@@ -29,7 +29,7 @@ from drafttrain.checkpoints.manifest import (
 )
 from drafttrain.checkpoints.registry import Registry
 from drafttrain.checkpoints.verify import verify
-from drafttrain.errors import CheckpointError
+from drafttrain.errors import CheckpointError, OvertakenError
 
 PUBLISHER = """
 from drafter_files import NOTHING
@@ -114,6 +114,25 @@ def test_pointers_follow_publishing_and_people(registry: Registry, drafter: Path
     with pytest.raises(CheckpointError, match="version 9: does not exist"):
         registry.mark_stable(9)
     assert publish(registry, drafter).version == 4
+
+
+def test_a_version_that_is_to_follow_another_follows_no_third(
+    registry: Registry, drafter: Path
+) -> None:
+    def publish_over(version: int) -> int:
+        facts: dict[str, Any] = {"parent": version, "lineage": NOTHING, "acceptance": None}
+        made = registry.publish(drafter, kind="eagle3", target=TARGET, over=version, **facts)
+        return made.version
+
+    publish(registry, drafter)
+    assert publish_over(1) == 2
+    with pytest.raises(OvertakenError, match="latest: version: 2, expected 1"):
+        publish_over(1)
+    registry.set_latest(1)
+    with pytest.raises(OvertakenError, match="latest: version: 1, expected 2"):
+        publish_over(2)
+    assert registry.versions() == [1, 2]
+    assert publish_over(1) == 3
 
 
 def test_the_registry_can_be_moved_and_reopened(registry: Registry, drafter: Path) -> None:

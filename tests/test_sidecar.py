@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import making
 import pytest
@@ -20,7 +21,7 @@ from drafttrain.checkpoints.verify import verify
 from drafttrain.config import SidecarConfig, load_config
 from drafttrain.control.gate import Verdict
 from drafttrain.errors import ConfigError, InputError
-from drafttrain.publishing import publish_folder
+from drafttrain.publishing import publish_drafter, publish_folder
 from drafttrain.rollouts.spool import SpoolWriter
 from drafttrain.sidecar import Sidecar
 from drafttrain.telemetry import EventLog
@@ -141,17 +142,23 @@ def test_an_empty_registry_without_a_drafter_is_refused(folder: Path) -> None:
         Sidecar(config, engines=[])
 
 
+@pytest.mark.parametrize("function", ["judge", "publish_drafter"])
 def test_a_candidate_is_not_published_over_what_it_was_not_judged_against(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch, function: str
 ) -> None:
+    """Whether another version comes while it is judged, or after that."""
     sidecar = Sidecar(config_of(folder), engines=[])
     sidecar.replay.refresh()
+    better = Verdict(publish=True, gain=1.0, interval=(1.0, 1.0), candidate=2.0, serving=1.0)
+    functions = {"judge": lambda *_, **__: better, "publish_drafter": publish_drafter}
 
-    def publish_meanwhile(*_: object, **__: object) -> Verdict:
+    def publish_meanwhile(*arguments: Any, **options: Any) -> object:
         publish_folder(folder / "first", folder / "policy", sidecar.registry)
-        return Verdict(publish=True, gain=1.0, interval=(1.0, 1.0), candidate=2.0, serving=1.0)
+        return functions[function](*arguments, **options)
 
-    monkeypatch.setattr("drafttrain.sidecar.judge", publish_meanwhile)
+    for name, usual in functions.items():
+        now = publish_meanwhile if name == function else usual
+        monkeypatch.setattr(f"drafttrain.sidecar.{name}", now)
     assert not sidecar._offer_candidate()
     assert sidecar.registry.versions() == [1, 2]
     (event,) = events(folder, "overtaken")

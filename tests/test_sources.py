@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rollout_files import HIDDEN, NO_AUX
 from samples.make_samples import ANSWER_IDS, PROMPT_IDS
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -23,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from drafttrain.errors import RolloutError
 from drafttrain.rollouts.record import prompt_group, sampled_runs
 from drafttrain.rollouts.sources import Encoder, Reading, read_rollouts
+from drafttrain.rollouts.spool import SpoolWriter
 
 SAMPLES = Path(__file__).parent / "samples"
 WORDS: dict[str, int] = json.loads((SAMPLES / "words.json").read_text())
@@ -208,6 +210,7 @@ def test_sharegpt_and_labels(tmp_path: Path) -> None:
         ({"conversations": [{"from": ["x"], "value": "a"}]}, "conversations: {'from': ['x']"),
         ({"prompt": "add", "completion": "\udfff"}, "completion: half of a surrogate pair"),
         ({"messages": TURNS, "tools": [1]}, "tools: expected a list of objects"),
+        ({"custom_id": "a", "response": {"body": {"choices": []}}}, "choices: none; expected one"),
         ({"messages": TURNS[1:]}, "messages: the chat template refused"),
     ],
 )
@@ -236,6 +239,19 @@ def test_a_temperature_of_prime_rl_that_is_none(tmp_path: Path, temperature: Any
 def test_a_temperature_of_0_is_kept(tmp_path: Path) -> None:
     (rollout,) = read(lines(tmp_path / "r.jsonl", ROW | {"temperature": 0})).rollouts
     assert rollout.facts.temperature == 0
+
+
+@pytest.mark.parametrize("reason", ["tool_calls", "repetition", {"type": "stop"}, 3])
+def test_however_a_rollout_ended_it_can_be_kept(tmp_path: Path, reason: object) -> None:
+    """Servers have more words for it than a spool, and what they mean by them is not known."""
+    rows = [ROW | {"finish_reason": reason}, _first("vllm/results_with_ids.jsonl")]
+    for choice in rows[1]["response"]["body"]["choices"]:
+        choice["finish_reason"] = reason
+    for row in rows:
+        for rollout in read(lines(tmp_path / "r.jsonl", row)).rollouts:
+            found = rollout.with_features(torch.zeros(rollout.length, HIDDEN), None)
+            SpoolWriter(tmp_path / "spool", "teacher").write([found], NO_AUX)
+            assert found.finish_reason is None
 
 
 def test_an_empty_file_is_named(tmp_path: Path) -> None:

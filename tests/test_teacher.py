@@ -10,7 +10,14 @@ import pytest
 import torch
 from offline_files import write_policy
 from safetensors.torch import load_file, save_file
-from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+)
 
 from drafttrain.errors import CheckpointError, ConfigError
 from drafttrain.rollouts.sources.samples import Facts, SavedRollout
@@ -99,6 +106,31 @@ def test_another_architecture(tmp_path: Path) -> None:
     torch.testing.assert_close(found.last_hidden, expected[-1][0], rtol=1e-4, atol=1e-4)
     assert found.aux_hidden is not None
     torch.testing.assert_close(found.aux_hidden[:, 1], expected[2][0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [8192, 7])
+def test_a_trunk_of_another_name_than_its_model_says(tmp_path: Path, chunk: int) -> None:
+    """Llama4's; its layers attend within chunks of the text, whatever chunks it comes in."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "intermediate_size_mlp": 48}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    config = Llama4TextConfig(
+        vocab_size=20,
+        num_hidden_layers=2,
+        num_local_experts=2,
+        attention_chunk_size=8,
+        initializer_range=0.3,
+        pad_token_id=None,
+        **sizes,
+        **heads,
+    )
+    policy = Llama4ForCausalLM(config).eval()
+    policy.save_pretrained(tmp_path)
+    (found,) = TransformersTeacher(tmp_path, (0, 1), chunk=chunk).features([saved(20)])
+    expected = policy(saved(20).tokens.long()[None], output_hidden_states=True).hidden_states
+    torch.testing.assert_close(found.last_hidden, expected[-1][0], rtol=1e-4, atol=1e-4)
+    assert found.aux_hidden is not None
+    torch.testing.assert_close(found.aux_hidden[:, 1], expected[1][0], rtol=1e-4, atol=1e-4)
 
 
 def test_a_policy_whose_logits_are_capped_is_refused(tmp_path: Path) -> None:

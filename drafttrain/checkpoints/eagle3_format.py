@@ -102,6 +102,26 @@ def with_layer_ids(config: dict[str, Any], num_layers: int) -> dict[str, Any]:
     return config | {"num_aux_hidden_states": count, _LAYER_IDS: ids}
 
 
+def with_rope_type(config: dict[str, Any], where: str | Path) -> dict[str, Any]:
+    """`config` with the RoPE that older drafters call ``mrope`` named as the engine renames it.
+
+    That is plain RoPE with a position for each section of a head (``patch_legacy_rope_type``); in
+    text all of them are the same.
+
+    Raises:
+        CheckpointError: it names no sections, which the engine refuses.
+    """
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = config.get(key)
+        if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type")) != "mrope":
+            continue
+        if "mrope_section" not in rope:
+            raise CheckpointError(where, f"{key}.mrope_section", "missing; type 'mrope' needs it")
+        named = {name: value for name, value in rope.items() if name != "type"}
+        config = config | {key: named | {"rope_type": "default"}}
+    return config
+
+
 def _names_layers(config: dict[str, Any]) -> bool:
     eagle = config.get("eagle_config")
     inner = eagle.get(_LAYER_IDS) if isinstance(eagle, dict) else None

@@ -27,6 +27,7 @@ from drafttrain.checkpoints.eagle3_format import (
     is_eagle3,
     parse_eagle3,
     with_layer_ids,
+    with_rope_type,
 )
 from drafttrain.checkpoints.manifest import Kind
 from drafttrain.checkpoints.mtp_format import family_of, mtp_tensors
@@ -75,6 +76,7 @@ def with_defaults(
     kind = kind_of(config, where)
     if kind == "eagle3":
         raw = as_raw(config, where) if is_speculators(config) else config
+        raw = with_rope_type(raw, where)
         if policy_layers is not None:
             raw = with_layer_ids(raw, policy_layers)
         return {**raw, **parse_eagle3(raw, where).model_dump()}

@@ -42,7 +42,7 @@ from drafttrain.checkpoints.manifest import (
     read_json,
 )
 from drafttrain.checkpoints.verify import FILES, Verified, dtype_name, verify
-from drafttrain.errors import CheckpointError
+from drafttrain.errors import CheckpointError, OvertakenError
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _VERSION = re.compile(r"v(\d{6,9})")
@@ -97,10 +97,15 @@ class Registry:
         parent: int | None,
         lineage: Lineage,
         acceptance: Acceptance | None,
+        over: int | None = None,
     ) -> Manifest:
         """Copy a drafter folder into the next version, verify it there, and make it the latest.
 
+        Args:
+            over: the version that must still be the latest; None asks for nothing.
+
         Raises:
+            OvertakenError: another one is, published or rolled back to.
             CheckpointError: the folder is not a sound drafter of this kind for this target, or the
                 registry cannot be written. The registry is then as before.
         """
@@ -108,6 +113,7 @@ class Registry:
         if kind != (found := kind_of(source.config)):
             raise CheckpointError(folder, "kind", f"holds {found}, asked to publish {kind}")
         with self._writing():
+            self._check_latest(over)
             version = max(self._version_numbers(), default=0) + 1
             unfinished = self._home / f"{_UNFINISHED}{version:06d}"
             try:
@@ -204,6 +210,11 @@ class Registry:
                 self._path(version).rename(hidden)
                 shutil.rmtree(hidden)
         return removed
+
+    def _check_latest(self, expected: int | None) -> None:
+        latest = self.latest()
+        if None not in (latest, expected) and latest != expected:
+            raise OvertakenError(self._home / "latest", "version", f"{latest}, expected {expected}")
 
     def _check(self) -> None:
         marker = self.root / "registry.json"

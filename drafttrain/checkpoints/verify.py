@@ -43,7 +43,9 @@ FILES = (CONFIG, WEIGHTS)
 _HEADER_LIMIT = 4 << 20
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_DTYPES = {"d2t": (torch.int64,), "t2d": (torch.bool,)}
+# The engine widens ``d2t`` and passes ``t2d`` over, so other projects write what they like.
+_INTEGERS = (torch.int64, torch.int32)
+_DTYPES = {"d2t": _INTEGERS, "t2d": (torch.bool, *_INTEGERS, torch.int8, torch.uint8)}
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ from drafttrain.publishing import as_manifest_entry, publish_drafter
 from drafttrain.training.devices import Devices, computed_in
 
 _STATE = "trainer.safetensors"
+# What a kill leaves of a state that is being saved: the trainer's name for it, and safetensors'.
+_HALF_STATES = (f"{_STATE}.tmp", ".tmp??????")
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,8 @@ def run_pretrain(
     cost = memory_bound_cost(registry.folder(manifest.version), command.inputs.target)
     with writing(command.out, f"report of version {manifest.version}, which is published"):
         path = write_report(command.out, manifest, report, estimates, cost)
-    (command.out / _STATE).unlink(missing_ok=True)
+    for left in (command.out / _STATE, *_half_states(command.out)):
+        left.unlink(missing_ok=True)
     return Pretrained(manifest, report, path)
 
 
@@ -133,9 +136,18 @@ def _open_out(command: PretrainCommand) -> None:
         raise ConfigError(command.out, "run", problem)
     if unfinished and not command.resume:
         raise ConfigError(command.out, "run", "is unfinished; --resume continues it, or delete it")
-    if not (command.resume or (command.out / REPORT).exists()):
-        check_new_folder(command.out)  # an earlier run's is used again
+    if not (command.resume or _is_an_earlier_runs(command.out)):
+        check_new_folder(command.out)
     make_folder(command.out)
+
+
+def _is_an_earlier_runs(out: Path) -> bool:
+    """Whether a run has ended here, or was killed in its first save; it may then be used again."""
+    return (out / REPORT).exists() or _half_states(out) == set(out.glob("*"))
+
+
+def _half_states(out: Path) -> set[Path]:
+    return {path for pattern in _HALF_STATES for path in out.glob(pattern)}
 
 
 def _open(command: PretrainCommand, drafter: Drafter, say: Say, devices: Devices) -> Opened:

@@ -6,10 +6,13 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+
+FinishReason = Literal["stop", "length", "abort"]
 
 # The lowest sampling temperature but 0; float32 logits can still be divided by it.
 _COLDEST = 1e-5

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, overload
+from typing import Annotated, Any, overload
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -35,7 +35,7 @@ from drafttrain.rollouts.files import (
     check_unchanged,
     map_file,
 )
-from drafttrain.rollouts.record import FeatureLayout, Rollout
+from drafttrain.rollouts.record import FeatureLayout, FinishReason, Rollout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -52,7 +52,7 @@ class RolloutEntry(BaseModel):
     rollout_id: str
     group: str
     temperature: Annotated[float, Field(ge=0)]
-    finish_reason: Literal["stop", "length", "abort"] | None
+    finish_reason: FinishReason | None
     rounds: Count
     drafted: Count
     accepted: Count

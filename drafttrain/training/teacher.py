@@ -90,6 +90,7 @@ class TransformersTeacher:
             problem = f"{max(layer_ids)}; the policy has {shape.num_layers} layers"
             raise CheckpointError(folder, "layer_ids", problem)
         self._model = _load(folder, dtype, device_map)
+        self._trunk = _trunk(self._model)
         self._layers = _decoder_layers(self._model, shape.num_layers, folder)
         self._device = self._model.get_input_embeddings().weight.device
         self._chunk = chunk
@@ -149,7 +150,7 @@ class TransformersTeacher:
         lasts, auxes = [], []
         for part in tokens.split(piece, dim=1):
             with self._captured() as states:
-                output = self._model.base_model(
+                output = self._trunk(
                     input_ids=part, past_key_values=cache, use_cache=cache is not None
                 )
             last = output.last_hidden_state
@@ -180,7 +181,7 @@ class TransformersTeacher:
     def _check_head(self, folder: Path) -> None:
         tokens = torch.arange(min(8, len(self.head.embed_tokens)), device=self._device)[None]
         logits = self._model(input_ids=tokens).logits.float()
-        last = self._model.base_model(input_ids=tokens).last_hidden_state
+        last = self._trunk(input_ids=tokens).last_hidden_state
         ours = (last.float() @ self.head.lm_head.to(last.device).float().T).to(logits.device)
         if not bool((ours - logits).abs().max() <= _HEAD_TOLERANCE * logits.abs().max()):
             problem = "logits are not lm_head times the last hidden state; not supported"
@@ -233,6 +234,12 @@ def _check_device(name: str) -> None:
             f"{name}: {str(error).splitlines()[0]}; expected a device of this machine, or auto"
         )
         raise ConfigError("policy", "device_map", problem) from error
+
+
+def _trunk(model: Any) -> Any:
+    """What gives the last hidden states."""
+    # Llama4 and Mllama give their trunk another name than they say, and so take themselves for it.
+    return model.model if model.base_model is model else model.base_model
 
 
 def _decoder_layers(model: Any, count: int, folder: Path) -> nn.ModuleList:

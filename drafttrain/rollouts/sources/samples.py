@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from drafttrain.errors import RolloutError
-from drafttrain.rollouts.record import Rollout, sampled_runs
+from drafttrain.rollouts.record import FinishReason, Rollout, sampled_runs
 
 Row = Mapping[str, Any]
 
@@ -30,7 +30,7 @@ class Facts:
         domain: data source, environment or task the prompt came from.
         policy_version: the policy version (or RL step) that sampled it.
         temperature: of the sampling.
-        finish_reason: "stop", "length" or "abort".
+        finish_reason: "stop", "length" or "abort" (:func:`finish_reason`).
         reward: as the RL job counted it.
     """
 
@@ -157,6 +157,15 @@ def maybe(row: Row, field: str, kind: type | tuple[type, ...], where: str) -> An
         RolloutError: it is of another type; names the field.
     """
     return None if row.get(field) is None else _checked(row[field], field, kind, where)
+
+
+def finish_reason(row: Row) -> str | None:
+    """How a sample ended, or None when the row says nothing, or something that a spool has not.
+
+    Servers have more words for it (``tool_calls``), which is no reason to lose a sample.
+    """
+    told = row.get("finish_reason")
+    return told if told in get_args(FinishReason) else None
 
 
 def number(row: Row, field: str, where: str) -> float | None:

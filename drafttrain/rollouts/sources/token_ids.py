@@ -18,6 +18,7 @@ from drafttrain.rollouts.sources.samples import (
     Row,
     Sample,
     Tokens,
+    finish_reason,
     integers,
     mask,
     maybe,
@@ -62,7 +63,7 @@ def facts(row: Row, where: str) -> Facts:
         domain=maybe(row, "domain", str, where),
         policy_version=version,
         temperature=number(row, "temperature", where),
-        finish_reason=maybe(row, "finish_reason", str, where),
+        finish_reason=finish_reason(row),
         reward=number(row, "reward", where),
     )
 

@@ -19,6 +19,7 @@ from drafttrain.rollouts.sources.samples import (
     Sample,
     Text,
     Tokens,
+    finish_reason,
     integers,
     maybe,
     number,
@@ -52,6 +53,8 @@ def convert(row: Row, where: str, requests: Mapping[str, dict[str, Any]]) -> lis
     body = take(response, "body", dict, where)
     request = requests.get(name)
     choices = take(body, "choices", list, where)
+    if not choices:
+        raise RolloutError(where, "choices", "none; expected one at least")
     return [_choice(choice, body, request, name, where) for choice in choices]
 
 
@@ -63,7 +66,7 @@ def _choice(
     facts = Facts(
         rollout_id=f"{name}-{choice.get('index', 0)}",
         temperature=None if request is None else number(request, "temperature", where),
-        finish_reason=maybe(choice, "finish_reason", str, where),
+        finish_reason=finish_reason(choice),
     )
     if choice.get("token_ids") is not None:
         # A chat answer names the prompt's ids once for all choices, a completion in each.
