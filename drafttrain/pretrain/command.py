@@ -23,10 +23,10 @@ from drafttrain.pretrain.report import REPORT, memory_bound_cost, write_report
 from drafttrain.pretrain.run import Pretraining, PretrainReport, Progress
 from drafttrain.publishing import as_manifest_entry, publish_drafter
 from drafttrain.training.devices import Devices, computed_in
+from drafttrain.training.state import STATE
 
-_STATE = "trainer.safetensors"
 # What a kill leaves of a state that is being saved: the trainer's name for it, and safetensors'.
-_HALF_STATES = (f"{_STATE}.tmp", ".tmp??????")
+_HALF_STATES = (f"{STATE}.tmp", ".tmp??????")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class PretrainCommand:
 
     def kept(self) -> str:
         """What an interrupted run leaves, for a person."""
-        if (self.out / _STATE).exists():
+        if (self.out / STATE).exists():
             return f"{self.out} keeps its last saved state, and --resume continues from there"
         return f"no state was saved in {self.out} yet"
 
@@ -122,7 +122,7 @@ def run_pretrain(
     cost = memory_bound_cost(registry.folder(manifest.version), command.inputs.target)
     with writing(command.out, f"report of version {manifest.version}, which is published"):
         path = write_report(command.out, manifest, report, estimates, cost)
-    for left in (command.out / _STATE, *_half_states(command.out)):
+    for left in (command.out / STATE, *_half_states(command.out)):
         left.unlink(missing_ok=True)
     return Pretrained(manifest, report, path)
 
@@ -130,7 +130,7 @@ def run_pretrain(
 def _open_out(command: PretrainCommand) -> None:
     """Whether `out` can take the run is known before hours go into it."""
     with writing(command.out):
-        unfinished = (command.out / _STATE).exists()
+        unfinished = (command.out / STATE).exists()
     if command.resume and not unfinished:
         problem = "there is nothing to resume: no unfinished run has saved its state here"
         raise ConfigError(command.out, "run", problem)
