@@ -39,7 +39,7 @@ class StartTeacher(Protocol):
         """For rollouts of at most ``longest`` tokens."""
 
 
-# A cache is a spool with the first of these in it once it is whole, and the second until then.
+# A cache is a spool with the first of these in it, and without the second, once it is whole.
 _MARKER, _UNFINISHED = "features.json", "features.unfinished"
 
 
@@ -238,7 +238,7 @@ def _is_complete(inputs: Inputs, identity: dict[str, object]) -> bool:
     """
     assert inputs.cache is not None
     marker = inputs.cache / _MARKER
-    if not marker.exists():
+    if not marker.exists() or (inputs.cache / _UNFINISHED).exists():
         return False
     if json.loads(marker.read_text()) != identity:
         problem = "holds features of other rollouts or of another policy; name another folder"

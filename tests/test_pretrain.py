@@ -245,6 +245,17 @@ def test_a_cache_that_does_not_fit_is_refused_first(
     assert not list((tmp_path / "cache" / "segments").iterdir())
 
 
+def test_a_cache_whose_writer_was_killed_at_its_end_is_written_again(
+    files: Path, tmp_path: Path
+) -> None:
+    inputs = Inputs(files / "policy", [files / "rollouts.jsonl"], cache=tmp_path / "cache")
+    written = open_corpus(inputs, (1, 2, 3), CONFIG)
+    (tmp_path / "cache" / "features.json").write_text("")
+    (tmp_path / "cache" / "features.unfinished").touch()
+    assert open_corpus(inputs, (1, 2, 3), CONFIG).digest == written.digest
+    assert not (tmp_path / "cache" / "features.unfinished").exists()
+
+
 def test_a_cache_replaces_no_other_spool(files: Path, tmp_path: Path) -> None:
     (tmp_path / "segments").mkdir()
     kept = tmp_path / "segments" / "00000000-e-00000000.safetensors"

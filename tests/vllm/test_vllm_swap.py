@@ -319,11 +319,12 @@ def test_a_swap_during_a_sleep_is_loaded_on_waking(engine: Any) -> None:
         assert drafts(engine, 29) == two
 
 
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyError("a vLLM loader's")])
 def test_a_drafter_that_cannot_come_back_is_said_and_not_raised(
-    engine: Any, monkeypatch: pytest.MonkeyPatch, plain_engine: Any
+    engine: Any, monkeypatch: pytest.MonkeyPatch, plain_engine: Any, error: Exception
 ) -> None:
     def fail(weights: Any) -> None:
-        raise RuntimeError("out of memory")
+        raise error
 
     swapper = worker_of(engine)._drafttrain._swapper
     batch = prompts([7, 19], salt=30)

@@ -22,7 +22,7 @@ from drafttrain.checkpoints.formats import with_defaults
 from drafttrain.checkpoints.manifest import TargetFingerprint, read_json
 from drafttrain.checkpoints.registry import Registry
 from drafttrain.checkpoints.verify import CONFIG, WEIGHTS, Verified, verify
-from drafttrain.errors import DrafttrainError, EngineError
+from drafttrain.errors import EngineError
 from drafttrain.integrations.vllm.fit import Names, check_config, check_tensors
 from drafttrain.integrations.vllm.layerwise import Weights, layerwise_load
 from drafttrain.integrations.vllm.messages import SwapResult
@@ -119,7 +119,7 @@ class Swapper:
             try:
                 self._load(self._weights_to_serve())
                 self._loaded = self._versions.drafter
-            except (DrafttrainError, OSError, RuntimeError) as error:
+            except Exception as error:  # noqa: BLE001  vLLM's loaders raise whatever they like
                 self._versions.drafter = self._loaded = DrafterVersion(None)
                 logger.error("drafttrain could not load the drafter after a sleep: %s", error)
         self._asleep = False
@@ -186,7 +186,7 @@ class Swapper:
         reason = problem or "on another tensor-parallel rank"
         try:
             self._load(self._weights_to_serve())
-        except Exception as error:
+        except Exception as error:  # whatever it is, what serves now must be told
             self._versions.drafter = self._loaded = DrafterVersion(None)
             lost = f"{before} could not be restored either: {error}"
             raise EngineError(f"{failure}: {reason}; {lost}") from error
