@@ -66,6 +66,13 @@ def tied_model(seed: int = 0) -> DraftModel:
     return DraftModel.initialise(making.policy_shape(tie_word_embeddings=True), layers=2)
 
 
+def test_a_save_clears_what_killed_ones_left(tmp_path: Path) -> None:
+    for left in ("trainer.safetensors.tmp", ".tmpa1B2c3"):
+        (tmp_path / left).write_bytes(b"half")
+    Trainer(making.drafter(POLICY), CONFIG).save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["trainer.safetensors"]
+
+
 def test_a_tied_head_is_saved_once_and_resumed_exactly(tmp_path: Path) -> None:
     straight = Trainer(tied_model(), CONFIG)
     take_steps(straight, 2, first_seed=0)

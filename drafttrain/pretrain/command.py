@@ -23,10 +23,7 @@ from drafttrain.pretrain.report import REPORT, memory_bound_cost, write_report
 from drafttrain.pretrain.run import Pretraining, PretrainReport, Progress
 from drafttrain.publishing import as_manifest_entry, publish_drafter
 from drafttrain.training.devices import Devices, computed_in
-from drafttrain.training.state import STATE
-
-# What a kill leaves of a state that is being saved: the trainer's name for it, and safetensors'.
-_HALF_STATES = (f"{STATE}.tmp", ".tmp??????")
+from drafttrain.training.state import STATE, unfinished_states
 
 
 @dataclass(frozen=True)
@@ -122,7 +119,7 @@ def run_pretrain(
     cost = memory_bound_cost(registry.folder(manifest.version), command.inputs.target)
     with writing(command.out, f"report of version {manifest.version}, which is published"):
         path = write_report(command.out, manifest, report, estimates, cost)
-    for left in (command.out / STATE, *_half_states(command.out)):
+    for left in (command.out / STATE, *unfinished_states(command.out)):
         left.unlink(missing_ok=True)
     return Pretrained(manifest, report, path)
 
@@ -143,11 +140,7 @@ def _open_out(command: PretrainCommand) -> None:
 
 def _is_an_earlier_runs(out: Path) -> bool:
     """Whether a run has ended here, or was killed in its first save; it may then be used again."""
-    return (out / REPORT).exists() or _half_states(out) == set(out.glob("*"))
-
-
-def _half_states(out: Path) -> set[Path]:
-    return {path for pattern in _HALF_STATES for path in out.glob(pattern)}
+    return (out / REPORT).exists() or unfinished_states(out) == set(out.glob("*"))
 
 
 def _open(command: PretrainCommand, drafter: Drafter, say: Say, devices: Devices) -> Opened:

@@ -18,6 +18,13 @@ from drafttrain.training.devices import divided_as
 
 STATE = "trainer.safetensors"
 STATE_SCHEMA = 1
+# Our name for it, and safetensors' own.
+_UNFINISHED = (f"{STATE}.tmp", ".tmp??????")
+
+
+def unfinished_states(folder: Path) -> set[Path]:
+    """What a kill leaves in `folder` of a state that is being saved."""
+    return {path for pattern in _UNFINISHED for path in folder.glob(pattern)}
 
 
 def write_state(folder: Path, tensors: dict[str, Tensor], document: dict[str, Any]) -> None:
@@ -35,8 +42,9 @@ def write_state(folder: Path, tensors: dict[str, Tensor], document: dict[str, An
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)  # gone, once it has its name
+        finally:  # of this one, unless it has its name, and of those that were killed
+            for left in unfinished_states(folder):
+                left.unlink(missing_ok=True)
 
 
 def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
