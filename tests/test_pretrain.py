@@ -151,9 +151,9 @@ KILLED = """
 import os, pathlib, signal, sys, threading, torch
 sys.path.insert(0, {tests!r})
 import test_pretrain as t
-from drafttrain.training import trainer
+from drafttrain.training import state
 
-save_file = trainer.save_file
+save_file = state.save_file
 
 def save_half(tensors, path, metadata):
     long = dict(tensors, long=torch.zeros(1 << 27))
@@ -162,7 +162,7 @@ def save_half(tensors, path, metadata):
         pass
     os.kill(os.getpid(), signal.SIGKILL)
 
-trainer.save_file = save_half
+state.save_file = save_half
 t.run_pretrain(t.command(pathlib.Path({files!r}), pathlib.Path({out!r})))
 """
 
