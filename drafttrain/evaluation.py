@@ -29,6 +29,7 @@ from drafttrain.opening import Inputs, Say, open_corpus
 from drafttrain.rollouts.record import Rollout
 from drafttrain.training.corpus import Corpus
 from drafttrain.training.devices import Devices
+from drafttrain.training.heads import DeviceHeads
 
 # Rollouts whose features exist at once, in padded tokens.
 _MICROBATCH_TOKENS = 4096
@@ -101,6 +102,7 @@ def evaluate(
     config = PretrainConfig(holdout_fraction=1.0, microbatch_tokens=_MICROBATCH_TOKENS)
     corpora: dict[tuple[tuple[int, ...], bool], Corpus] = {}
     results, devices = [], Devices()
+    on_device = DeviceHeads(devices.device)
     for folder in drafters:
         drafter = devices.place(load_drafter(folder, shape))
         reads = drafter.layer_ids, drafter.reads_normed
@@ -110,7 +112,7 @@ def evaluate(
             )
             corpora[reads] = opened.corpus
         drafter.check_layout(corpora[reads].layout)
-        results.append(_evaluate(folder, drafter, corpora[reads], k, method, on_part))
+        results.append(_evaluate(folder, drafter, corpora[reads], on_device, k, method, on_part))
     return results
 
 
@@ -140,6 +142,7 @@ def _evaluate(
     folder: Path,
     drafter: Drafter,
     corpus: Corpus,
+    on_device: DeviceHeads,
     k: int,
     method: DraftSampleMethod,
     on_part: OnPart,
@@ -151,7 +154,7 @@ def _evaluate(
         rollouts = [rollout for rollout in corpus.load(microbatch) if usable(rollout, k)]
         if not rollouts:
             continue
-        layout, heads = corpus.layout, corpus.heads
+        layout, heads = corpus.layout, on_device.of(corpus.heads)
         parts.append(estimate_acceptance(drafter, rollouts, layout, heads, k=k, method=method))
         requests += [_request(rollout) for rollout in rollouts]
     if not parts:

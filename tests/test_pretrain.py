@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import making
 import pytest
 import torch
 from offline_files import write_drafter, write_policy, write_rollouts
@@ -19,9 +20,15 @@ from safetensors.torch import load_file
 
 from drafttrain.checkpoints.registry import Registry
 from drafttrain.config import PretrainConfig, TrainingConfig
+from drafttrain.control.acceptance import estimate_acceptance
+from drafttrain.drafters import Drafter
 from drafttrain.errors import CheckpointError, ConfigError, RolloutError, SpoolError
 from drafttrain.opening import Inputs, open_corpus
 from drafttrain.pretrain.command import PretrainCommand, Pretrained, run_pretrain
+from drafttrain.pretrain.run import Pretraining
+from drafttrain.rollouts.record import Rollout
+from drafttrain.rollouts.spool import SpoolWriter
+from drafttrain.training.corpus import Corpus
 
 CONFIG = PretrainConfig(
     training=TrainingConfig(tokens_per_step=256, learning_rate=5e-3, warmup_steps=5),
@@ -205,6 +212,32 @@ def test_an_unfinished_run_is_not_overwritten_nor_mixed_up(files: Path, tmp_path
         run_pretrain(command(files, tmp_path, config=other, resume=True))
     result = pretrain(command(files, tmp_path, resume=True))
     assert len(result.report.losses) == 30
+
+
+def test_an_estimate_takes_one_microbatch_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = making.policy_shape()
+    writer = SpoolWriter(tmp_path, engine="test")
+    writer.write_head(making.policy_head(policy))
+    writer.write(making.rollouts(policy, 40), making.layout(policy))
+    corpus = Corpus.of_spool(tmp_path, microbatch_tokens=64, holdout_fraction=0.5)
+    run = Pretraining(making.drafter(policy), corpus, CONFIG)
+    taken: list[list[Rollout]] = []
+
+    def noting(drafter: Drafter, rollouts: list[Rollout], *rest: Any, **how: Any) -> Any:
+        taken.append(rollouts)
+        return estimate_acceptance(drafter, rollouts, *rest, **how)
+
+    monkeypatch.setattr("drafttrain.pretrain.run.estimate_acceptance", noting)
+    found = run.estimate()
+    assert max(sum(rollout.length for rollout in part) for part in taken) <= 64
+    together = [rollout for part in taken for rollout in part]
+    assert len(together) == sum(len(part.entries) for part in corpus.held_out)
+    whole = estimate_acceptance(
+        run.trainer.drafter, together, corpus.layout, corpus.heads, k=3, method="probabilistic"
+    )
+    assert found.acceptance_length == pytest.approx(whole.acceptance_length)
 
 
 def test_without_gain_the_decay_begins_early(files: Path, tmp_path: Path) -> None:

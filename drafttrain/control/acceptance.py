@@ -20,7 +20,7 @@ few that run past its end.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -149,8 +149,7 @@ def estimate_acceptance(
     rounds, accepted = [], []
     for version in sorted({rollout.policy_version for rollout in rollouts}):
         same_policy = [rollout for rollout in rollouts if rollout.policy_version == version]
-        # Moved once: it is larger than what is estimated with it.
-        head = replace(heads[version], lm_head=heads[version].lm_head.to(drafter.device))
+        head = heads[version]
         for part in split_by_tokens(same_policy, _TOKENS_AT_ONCE):
             batch = make_batch(part, layout, head)
             w = acceptance_weights(drafter, batch, head, k, method)

@@ -133,13 +133,13 @@ def _open_out(command: PretrainCommand) -> None:
         raise ConfigError(command.out, "run", problem)
     if unfinished and not command.resume:
         raise ConfigError(command.out, "run", "is unfinished; --resume continues it, or delete it")
-    if not (command.resume or _is_an_earlier_runs(command.out)):
+    if not (command.resume or _is_done_with(command.out)):
         check_new_folder(command.out)
     make_folder(command.out)
 
 
-def _is_an_earlier_runs(out: Path) -> bool:
-    """Whether a run has ended here, or was killed in its first save; it may then be used again."""
+def _is_done_with(out: Path) -> bool:
+    """Whether a run has ended here, or was killed in its first save: another may use it."""
     return (out / REPORT).exists() or unfinished_states(out) == set(out.glob("*"))
 
 
