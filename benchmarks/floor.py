@@ -5,8 +5,8 @@ otherwise:
 
 - once: ``fc`` [B S, 3H] x [3H, H], without the gradient of its frozen input, and the policy's head
   [rows, H] x [H, V], forward alone, for the B (T - 2) rows that are drafted;
-- at each depth: q, k and v as one product [B S, 2H] x [2H, 3H], o, gate and up as one
-  [B S, H] x [H, 8H], down, and the draft head [rows, H] x [H, V];
+- at each depth: q, k and v as one product [B S, 2H] x [2H, 3H] (fewer with grouped queries), o,
+  gate and up as one [B S, H] x [H, 8H], down, and the draft head [rows, H] x [H, V or Vd];
 - at each depth, per rollout and head: scores and their product with the values, and the four
   gradients of these, over tiles of 256 queries with the keys up to the tile's end.
 
@@ -21,9 +21,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peers import Contender, Variant
-from benchmarks.workload import LAYER_IDS, Workload
+from benchmarks.workload import DEVICE, LAYER_IDS, Cell, Workload, policy_config
 from drafttrain.training.devices import keep_freed_memory
 
 QUERY_TILE = 256
@@ -77,30 +78,31 @@ class Attention:
             self.dk[:, : rows.stop] = gradient.mT @ self.q[:, rows]
 
 
-class Floor(Contender):
-    def __init__(self, workload: Workload, variant: Variant) -> None:
-        cell, dtype = workload.cell, getattr(torch, variant.precision)
-        hidden, vocab = cell.hidden, cell.vocab
+class Products:
+    """The products of a step of `cell`, on torch's default device."""
+
+    def __init__(self, cell: Cell, dtype: torch.dtype) -> None:
+        config = policy_config(cell)
+        hidden, middle = cell.hidden, config.intermediate_size
+        heads, key_value_heads = config.num_attention_heads, config.num_key_value_heads
         slots = cell.rollout_length - 1
         rows, drafted = cell.rollouts * slots, cell.rollouts * (slots - 1)
-        heads = workload.config.num_attention_heads
-        keep_freed_memory()
         self.ttt, self.chunks = cell.ttt, -(-drafted // HEAD_CHUNK)
         chunk = drafted // self.chunks
         self.fc = Linear.of(rows, len(LAYER_IDS) * hidden, hidden, dtype, backward_input=False)
         self.layer = [
-            Linear.of(rows, 2 * hidden, 3 * hidden, dtype),
+            Linear.of(rows, 2 * hidden, (heads + 2 * key_value_heads) * cell.head_dim, dtype),
             Linear.of(rows, hidden, hidden, dtype),
-            Linear.of(rows, hidden, 8 * hidden, dtype),
-            Linear.of(rows, 4 * hidden, hidden, dtype),
+            Linear.of(rows, hidden, 2 * middle, dtype),
+            Linear.of(rows, middle, hidden, dtype),
         ]
-        self.attention = Attention(cell.rollouts * heads, slots, hidden // heads, dtype)
+        self.attention = Attention(cell.rollouts * heads, slots, cell.head_dim, dtype)
         self.policy_head = Linear.of(
-            chunk, hidden, vocab, dtype, backward_input=False, backward_weight=False
+            chunk, hidden, cell.vocab, dtype, backward_input=False, backward_weight=False
         )
-        self.draft_head = Linear.of(chunk, hidden, vocab, dtype)
+        self.draft_head = Linear.of(chunk, hidden, cell.draft_vocab or cell.vocab, dtype)
 
-    def step(self) -> None:
+    def run(self) -> None:
         self.fc.run()
         for _ in range(self.chunks):
             self.policy_head.run()
@@ -110,6 +112,23 @@ class Floor(Contender):
             self.attention.run()
             for _ in range(self.chunks):
                 self.draft_head.run()
+
+
+class Floor(Contender):
+    def __init__(self, workload: Workload, variant: Variant) -> None:
+        keep_freed_memory()
+        with DEVICE:
+            self.products = Products(workload.cell, getattr(torch, variant.precision))
+
+    def step(self) -> None:
+        self.products.run()
+
+
+def operations(cell: Cell) -> int:
+    """Floating point operations of one step's products, attention's whole tiles included."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        Products(cell, torch.bfloat16).run()
+    return int(counter.get_total_flops())
 
 
 CONTENDER = Floor

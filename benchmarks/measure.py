@@ -1,4 +1,7 @@
-"""Medians of interleaved repetitions: everyone takes a step, then everyone takes the next."""
+"""Medians of interleaved repetitions: everyone takes a step, then everyone takes the next.
+
+Where that cannot be (:attr:`Cell.apart`), one contender takes all of its steps, then the next does.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from benchmarks.peers import FLOOR, OURS, PRECISIONS, Variant
 from benchmarks.worker import TooLarge, Worker
-from benchmarks.workload import Cell, Precision
+from benchmarks.workload import DEVICE, Cell, Precision
 
 LONG_STEP = 90.0
 """Seconds from which on the first step is the measurement."""
@@ -40,7 +43,12 @@ class Result:
 
 
 def faster_precisions(names: Iterable[str], pilot: Cell) -> dict[str, Precision]:
-    """The precision in which each contender takes the shorter step of `pilot`; the floor: ours."""
+    """The precision in which each contender takes the shorter step of `pilot`; the floor: ours.
+
+    On a GPU it is bfloat16 for everyone, as is usual there.
+    """
+    if DEVICE.type == "cuda":
+        return dict.fromkeys([FLOOR, *names], "bfloat16")
     chosen: dict[str, Precision] = {}
     fastest: dict[str, float] = {}
     variants = [(name, precision) for name in names for precision in PRECISIONS]
@@ -64,6 +72,13 @@ def measure(cell: Cell, precisions: dict[str, Precision]) -> dict[str, Result]:
     One that does not fit the memory limit takes its step in micro-batches, as few as fit; it is
     left out when a single rollout is too much.
     """
+    if not cell.apart:
+        return _interleaved(cell, precisions)
+    alone = [_interleaved(cell, {name: precision}) for name, precision in precisions.items()]
+    return {name: result for results in alone for name, result in results.items()}
+
+
+def _interleaved(cell: Cell, precisions: dict[str, Precision]) -> dict[str, Result]:
     with ExitStack() as stack:
         workers = [Worker(name, cell, Variant(precisions[name])) for name in precisions]
         for worker in workers:

@@ -2,7 +2,7 @@
 
 The parent asks for one step at a time and so interleaves contenders; an idle one costs nothing but
 the memory of its model. Memory is the peak resident size during a step minus the resident size just
-before it: model, optimizer state and data are already there.
+before it: model, optimizer state and data are already there. On a GPU it is what torch allocated.
 """
 
 from __future__ import annotations
@@ -19,11 +19,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Self
 
-from benchmarks.peers import Variant, load
-from benchmarks.workload import Cell, make_workload
+import torch
 
-MEMORY_LIMIT = 12 << 30
-"""A process that needs more is refused the allocation and fails."""
+from benchmarks.peers import Variant, load
+from benchmarks.workload import DEVICE, Cell, make_workload
+
+MEMORY_LIMIT, MEMORY_LIMIT_APART = 12 << 30, 20 << 30
+"""A process that needs more is refused the allocation and fails; on a GPU, which has its own."""
+
+_OUT_OF_MEMORY = ("allocate memory", "bad_alloc", "CUDA out of memory")
 
 
 class TooLarge(Exception):
@@ -87,7 +91,9 @@ class Worker:
 def _serve(connection: Connection, name: str, cell: Cell, variant: Variant) -> None:
     os.dup2(2, 1)  # stdout is the parent's, for JSON
     warnings.simplefilter("ignore")
-    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT, MEMORY_LIMIT))
+    if DEVICE.type == "cpu":
+        limit = MEMORY_LIMIT_APART if cell.apart else MEMORY_LIMIT
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     contender = load(name)(make_workload(cell, variant.precision), variant)
     connection.send("ready")
     while True:
@@ -99,10 +105,12 @@ def _serve(connection: Connection, name: str, cell: Cell, variant: Variant) -> N
             before = _settle() if memory else 0
             start = time.perf_counter()
             contender.step()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
             seconds = time.perf_counter() - start
-            connection.send(Timing(seconds, _status("VmHWM") - before if memory else 0))
+            connection.send(Timing(seconds, _peak() - before if memory else 0))
         except (RuntimeError, MemoryError) as error:
-            if "allocate memory" not in str(error) and "bad_alloc" not in str(error):
+            if not any(sign in str(error) for sign in _OUT_OF_MEMORY):
                 raise
             connection.send(TooLarge(str(error)))
 
@@ -110,9 +118,16 @@ def _serve(connection: Connection, name: str, cell: Cell, variant: Variant) -> N
 def _settle() -> int:
     """Give free memory back, start a new peak (proc(5), clear_refs) and return resident bytes."""
     gc.collect()
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
+
+
+def _peak() -> int:
+    return torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else _status("VmHWM")
 
 
 def _status(field: str) -> int:

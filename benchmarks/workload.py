@@ -13,8 +13,9 @@ from drafttrain.rollouts.record import FeatureLayout, PolicyHead, Rollout
 
 Precision = Literal["float32", "bfloat16"]
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""Where everyone trains: on a GPU when there is one."""
 LAYER_IDS = (1, 2, 3)
-HEAD_DIM = 32
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,10 @@ class Cell:
         tokens: budget of rollout tokens in a step; as many whole rollouts as fit are used.
         rollout_length: tokens of each rollout.
         ttt: depths of training-time test.
+        draft_vocab: of the drafter, when it is smaller.
+        head_dim: of attention, whose query heads together are as wide as H.
+        key_value_heads: as many as query heads when absent.
+        intermediate: width of the MLP; 4H when absent.
     """
 
     hidden: int
@@ -34,6 +39,10 @@ class Cell:
     tokens: int
     rollout_length: int
     ttt: int
+    draft_vocab: int | None = None
+    head_dim: int = 32
+    key_value_heads: int | None = None
+    intermediate: int | None = None
 
     @property
     def name(self) -> str:
@@ -48,6 +57,19 @@ class Cell:
         """Rollout tokens really in a step."""
         return self.rollouts * self.rollout_length
 
+    @property
+    def draft_ids(self) -> torch.Tensor | None:
+        """int64 [draft_vocab], ascending: the draft vocabulary, spread over the policy's."""
+        if self.draft_vocab is None:
+            return None
+        return torch.arange(self.draft_vocab) * (self.vocab // self.draft_vocab)
+
+    @property
+    def apart(self) -> bool:
+        """Whether contenders take their turns alone: on a GPU, whose memory is the measure, or
+        where two models are too much for this machine."""
+        return DEVICE.type == "cuda" or self.hidden >= 4096
+
 
 GRID = tuple(
     Cell(hidden, vocab, tokens, rollout_length, ttt)
@@ -56,6 +78,20 @@ GRID = tuple(
     )
 )
 SCALING = tuple(Cell(256, 512, tokens << 10, 160, 3) for tokens in (2, 8, 16, 32, 64))
+QWEN3_8B = tuple(
+    Cell(
+        hidden=4096,
+        vocab=151936,
+        tokens=tokens,
+        rollout_length=rollout_length,
+        ttt=ttt,
+        draft_vocab=32000,
+        head_dim=128,
+        key_value_heads=8,
+        intermediate=12288,
+    )
+    for tokens, rollout_length, ttt in itertools.product((2048, 16384), (512, 2048), (3, 7))
+)
 
 
 @dataclass(frozen=True)
@@ -113,16 +149,16 @@ def make_workload(cell: Cell, precision: Precision, seed: int = 0) -> Workload:
 
 
 def policy_config(cell: Cell) -> LlamaConfig:
-    """A Llama policy that all contenders accept: heads of 32, intermediate size 4H."""
-    heads = cell.hidden // HEAD_DIM
+    """A Llama policy, which all contenders accept."""
+    heads = cell.hidden // cell.head_dim
     return LlamaConfig(
         architectures=["LlamaForCausalLM"],
         hidden_size=cell.hidden,
-        intermediate_size=4 * cell.hidden,
+        intermediate_size=cell.intermediate or 4 * cell.hidden,
         num_hidden_layers=4,
         num_attention_heads=heads,
-        num_key_value_heads=heads,
-        head_dim=HEAD_DIM,
+        num_key_value_heads=cell.key_value_heads or heads,
+        head_dim=cell.head_dim,
         vocab_size=cell.vocab,
         max_position_embeddings=4096,
         tie_word_embeddings=False,

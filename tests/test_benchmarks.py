@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from benchmarks.floor import operations
 from benchmarks.measure import faster_precisions, measure
 from benchmarks.peers import FLOOR, OURS, PEERS, Variant
 from benchmarks.train_step import row_of
@@ -19,21 +21,33 @@ from drafttrain.drafters import PolicyShape, load_drafter
 from drafttrain.opening import Inputs, read_inputs
 
 TINY = Cell(hidden=64, vocab=96, tokens=64, rollout_length=16, ttt=2)
+NARROW = replace(TINY, draft_vocab=40, key_value_heads=1, intermediate=96)
 
 
-def test_a_cell_of_everyone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("cell", "apart"), [(TINY, False), (NARROW, True)])
+def test_a_cell_of_everyone(cell: Cell, apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # compiling takes longer than all else here
+    monkeypatch.setattr(Cell, "apart", apart)
     names = [OURS, FLOOR, *PEERS]
-    results = measure(TINY, dict.fromkeys(names, "float32"))
-    row = row_of(TINY, results, PEERS)
+    results = measure(cell, dict.fromkeys(names, "float32"))
+    row = row_of(cell, results, PEERS)
     assert set(row) == {
         *("hidden", "vocab", "tokens", "rollout_length", "ttt", "tokens_per_s", "speed_ratio"),
         *("matmul_floor_tokens_per_s", "peer_tokens_per_s", "peak_bytes", "peer_peak_bytes"),
-        *("memory_ratio", "settings", "repetitions", "skipped"),
+        *("memory_ratio", "settings", "repetitions", "skipped", "mfu"),
+        *("draft_vocab", "head_dim", "key_value_heads", "intermediate"),
     }
     assert set(row["peer_tokens_per_s"]) == set(row["peer_peak_bytes"]) == set(PEERS)
     assert row["speed_ratio"] == row["tokens_per_s"] / max(row["peer_tokens_per_s"].values())
     assert row["skipped"] == {}
+
+
+def test_the_operations_of_a_step() -> None:
+    rows, drafted, hidden, attended = 4 * 15, 4 * 14, 64, 4 * 15 * 15
+    layer = hidden * (2 * (64 + 2 * 32) + 64 + 3 * 96)
+    depth = 3 * (rows * layer + drafted * hidden * 40) + 6 * attended * 64
+    once = 2 * rows * 3 * hidden * hidden + drafted * hidden * 96
+    assert operations(NARROW) == 2 * (once + 2 * depth)
 
 
 class ScriptedWorker:

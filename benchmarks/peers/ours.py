@@ -12,8 +12,10 @@ from drafttrain.training.trainer import Trainer
 
 class Drafttrain(Contender):
     def __init__(self, workload: Workload, variant: Variant) -> None:
-        drafter = Eagle3Drafter.initialise(PolicyShape(workload.config), layer_ids=LAYER_IDS)
         cell = workload.cell
+        drafter = Eagle3Drafter.initialise(
+            PolicyShape(workload.config), layer_ids=LAYER_IDS, draft_ids=cell.draft_ids
+        )
         config = TrainingConfig(
             draft_tokens=cell.ttt, tokens_per_step=cell.tokens, precision=variant.precision
         )

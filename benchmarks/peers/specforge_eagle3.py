@@ -1,8 +1,8 @@
 """SpecForge 0.2: padded batches, its Eagle3 strategy, its optimizer with float32 masters.
 
 Its defaults need a GPU: flex attention has no backward on CPU and the Triton loss has no driver.
-So its ``sdpa`` backend and its reference loss (``specforge/core/loss.py:_compute_loss``) are used;
-its ``torch.compile`` decorators stay on.
+So there its ``sdpa`` backend and its reference loss (``specforge/core/loss.py:_compute_loss``) are
+used; its ``torch.compile`` decorators stay on.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from benchmarks.peers import Contender, Variant
-from benchmarks.workload import Workload
+from benchmarks.workload import DEVICE, Workload
 from drafttrain.rollouts.record import PolicyHead, Rollout
 
-ATTENTION = "sdpa"
+ATTENTION = "sdpa" if DEVICE.type == "cpu" else "flex_attention"
 
 
 class _ReferenceLoss:
@@ -50,14 +50,15 @@ class SpecForge(Contender):
         learning_rate: float = 1e-4,
         total_steps: int = 800_000,
     ) -> None:
-        eagle3_model.LogSoftmaxLoss = _ReferenceLoss
+        if DEVICE.type == "cpu":
+            eagle3_model.LogSoftmaxLoss = _ReferenceLoss
         dtype = getattr(torch, variant.precision)
-        self.draft = _draft_model(workload).to(dtype)
+        self.draft = _draft_model(workload).to(DEVICE, dtype)
         model = eagle3_model.OnlineEagle3Model(
             self.draft, length=workload.cell.ttt, attention_backend=ATTENTION
         )
         self.strategy = Eagle3TrainStrategy(
-            model, target_head=_target_head(workload.config, workload.head).to(dtype)
+            model, target_head=_target_head(workload.config, workload.head).to(DEVICE, dtype)
         )
         self.optimizer = BF16Optimizer(self.draft, lr=learning_rate, total_steps=total_steps)
         self.collate = DataCollatorWithPadding()
@@ -80,9 +81,13 @@ def _draft_model(workload: Workload) -> LlamaForCausalLMEagle3:
     config = workload.config.to_dict() | {
         "architectures": ["LlamaForCausalLMEagle3"],
         "num_hidden_layers": 1,
-        "draft_vocab_size": workload.cell.vocab,
+        "draft_vocab_size": workload.cell.draft_vocab or workload.cell.vocab,
     }
     draft = LlamaForCausalLMEagle3(LlamaConfig(**config), attention_backend=ATTENTION)
+    ids = workload.cell.draft_ids
+    if ids is not None:
+        draft.t2d.zero_()[ids] = True
+        draft.d2t.copy_(ids - torch.arange(len(ids)))
     with torch.no_grad():
         draft.embed_tokens.weight.copy_(workload.head.embed_tokens)
     draft.freeze_embedding()

@@ -1,9 +1,9 @@
 """speculators 0.9: one packed sequence with document ids, its Eagle3 model, its trainer's step.
 
 Its defaults need a GPU: flex attention has no backward on CPU, the fused loss has no Triton driver
-and the command line assumes an accelerator. So its ``sdpa`` attention (``eager`` takes 2 to 4 times
-as long here) and its eager kl_div are used, in the step of its ``train/trainer.py:train_epoch``
-with its AdamW; the lm_head is frozen, as it comes.
+and the command line assumes an accelerator. So on a CPU its ``sdpa`` attention (``eager`` takes 2
+to 4 times as long) and its eager kl_div are used, in the step of its
+``train/trainer.py:train_epoch`` with its AdamW; the lm_head is frozen, as it comes.
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from benchmarks.peers import Contender, Variant
-from benchmarks.workload import LAYER_IDS, Workload
+from benchmarks.workload import DEVICE, LAYER_IDS, Workload
 from drafttrain.rollouts.record import Rollout
+
+ATTENTION, LOSS = ("sdpa", "eager") if DEVICE.type == "cpu" else ("simple_flex_attention", "fused")
 
 
 class Speculators(Contender):
     def __init__(self, workload: Workload, variant: Variant) -> None:
         cell = workload.cell
         self.dtype = getattr(torch, variant.precision)
-        self.model = _draft_model(workload).train()
+        self.model = _draft_model(workload).train().to(DEVICE)
         self.arguments = Eagle3DraftModel.get_trainer_kwargs(
             loss_fn="kl_div",
-            loss_implementation="eager",
+            loss_implementation=LOSS,
             ttt_steps=cell.ttt,
             ttt_step_loss_decay=1.0,
         )[0]
@@ -47,8 +49,11 @@ class Speculators(Contender):
         self.optimizer.zero_grad()
         for start in range(0, len(self.samples), self.per_pack):
             part = self.samples[start : start + self.per_pack]
-            batch = self.collate(part)
-            with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+            batch = {
+                name: value.to(DEVICE, non_blocking=True) if torch.is_tensor(value) else value
+                for name, value in self.collate(part).items()
+            }
+            with torch.autocast(DEVICE.type, self.dtype, enabled=self.dtype != torch.float32):
                 _, loss, _ = self.model(**batch, **self.arguments)
             (loss * (len(part) / len(self.samples))).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -58,10 +63,10 @@ class Speculators(Contender):
 def _draft_model(workload: Workload) -> Eagle3DraftModel:
     cell, head = workload.cell, workload.head
     layer = LlamaConfig(**workload.config.to_dict() | {"num_hidden_layers": 1})
-    layer._attn_implementation = "sdpa"
+    layer._attn_implementation = ATTENTION
     config = Eagle3SpeculatorConfig(
         transformer_layer_config=layer,
-        draft_vocab_size=cell.vocab,
+        draft_vocab_size=cell.draft_vocab or cell.vocab,
         eagle_aux_hidden_state_layer_ids=list(LAYER_IDS),
         speculators_config=SpeculatorsConfig(
             algorithm="eagle3",
@@ -71,10 +76,16 @@ def _draft_model(workload: Workload) -> Eagle3DraftModel:
         ),
     )
     model = Eagle3DraftModel(config)
+    ids = cell.draft_ids
+    if ids is not None:
+        drafted = torch.zeros(cell.vocab, dtype=torch.bool)
+        drafted[ids] = True
+        model.load_vocab_mappings(drafted, ids - torch.arange(len(ids)))
+    lm_head = head.lm_head if ids is None else head.lm_head[ids]
     with torch.no_grad():
         model.embed_tokens.weight.copy_(head.embed_tokens)
-        model.lm_head.weight.copy_(head.lm_head)
-        model.verifier_lm_head.weight.copy_(head.lm_head)
+        model.lm_head.weight.copy_(lm_head)
+        model.verifier_lm_head.weight.copy_(lm_head)
     return model
 
 
