@@ -110,7 +110,8 @@ class GateConfig(Section):
     held_out_rollouts: int = Field(64, ge=1)
     """Newest held-out rollouts the two drafters are compared on."""
     steps_between: int = Field(25, ge=1)
-    """Optimizer steps between two candidates."""
+    """Optimizer steps between two candidates; more where judging, publishing and saving one would
+    else take over a third of the time."""
     draft_sample_method: Literal["greedy", "probabilistic"] = "probabilistic"
     """How the engine drafts."""
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import fcntl
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Event
@@ -43,6 +44,9 @@ from drafttrain.training.trainer import Trainer
 
 # How long to wait for a file event before looking anyway: an engine may have come back meanwhile.
 _LOOK_AGAIN_MS = 2000
+# How much longer it trains than it then judges, publishes, swaps and saves: with a large drafter
+# these would else take most of the time.
+_TRAINING_TO_REST = 2.0
 
 
 class Sidecar:
@@ -80,6 +84,7 @@ class Sidecar:
         drafter = self._load(self.serving_version)
         self.trainer = Trainer(drafter, config.training, devices=self._devices)
         self.tokens_on_current = 0
+        self._rest = 0.0  # seconds that the last candidate took after its training
         self._restore()
 
     def run(self) -> None:
@@ -100,9 +105,11 @@ class Sidecar:
                 self._wait_for_rollouts()
                 continue
             self._train_until_candidate()
+            trained = time.monotonic()
             if self._offer_candidate():
                 self._catch_up_engines()
             self._save()
+            self._rest = time.monotonic() - trained
         self._save()
         self.events.append("stopped", step=self.trainer.step_count)
 
@@ -114,7 +121,11 @@ class Sidecar:
         return self.tokens_on_current < self.config.passes_per_rollout * available
 
     def _train_until_candidate(self) -> None:
-        for _ in range(self.config.gate.steps_between):
+        least = self.trainer.step_count + self.config.gate.steps_between
+        ends = time.monotonic() + _TRAINING_TO_REST * self._rest
+        while self.trainer.step_count < least or (
+            time.monotonic() < ends and self._worth_training()
+        ):
             if self.stop.is_set():
                 return
             rollouts = self.replay.sample(

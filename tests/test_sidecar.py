@@ -18,7 +18,7 @@ import yaml
 
 from drafttrain.checkpoints.registry import Registry
 from drafttrain.checkpoints.verify import verify
-from drafttrain.config import SidecarConfig, load_config
+from drafttrain.config import GateConfig, SidecarConfig, load_config
 from drafttrain.control.gate import Verdict
 from drafttrain.errors import ConfigError, InputError
 from drafttrain.publishing import publish_drafter, publish_folder
@@ -56,7 +56,7 @@ def write_rollouts(folder: Path, seed: int, version: int = 0) -> None:
     writer.write(making.rollouts(POLICY, 120, seed=seed, version=version), making.layout(POLICY))
 
 
-def events(folder: Path, kind: str) -> list[dict[str, object]]:
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
     log = EventLog(folder / "state" / "events.jsonl")
     return [event for event in log.read() if event["event"] == kind]
 
@@ -124,10 +124,44 @@ def test_it_continues_after_kills_at_any_moment(folder: Path) -> None:
     assert starts[-1] > 0
 
 
-def test_a_version_rolled_back_by_hand_is_what_serves(folder: Path) -> None:
-    sidecar = Sidecar(config_of(folder), engines=[])
+def run_until_stopped(sidecar: Sidecar) -> threading.Thread:
     thread = threading.Thread(target=sidecar.run)
     thread.start()
+    return thread
+
+
+def test_it_trains_longer_than_it_saves(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = GateConfig(steps_between=1)
+    sidecar = Sidecar(config_of(folder).model_copy(update={"gate": gate}), engines=[])
+    monkeypatch.setattr(sidecar, "_save", lambda: time.sleep(0.5))
+    thread = run_until_stopped(sidecar)
+    wait_for(folder, "judged", 2)
+    sidecar.stop.set()
+    thread.join(30)
+    (first, second), trained = events(folder, "judged")[:2], events(folder, "trained")[1]
+    assert first["step"] == 1
+    assert second["step"] > 2
+    assert trained["time"] - first["time"] > 0.5 + 2 * 0.5
+
+
+def test_it_waits_for_rollouts_it_has_not_seen_often(folder: Path) -> None:
+    sidecar = Sidecar(config_of(folder).model_copy(update={"passes_per_rollout": 2}), engines=[])
+    sidecar._rest = 60.0  # what was slow does not make it train on for longer
+    thread = run_until_stopped(sidecar)
+    wait_for(folder, "judged", 1)
+    available = sum(rollout.length for rollout in sidecar.replay.training)
+    time.sleep(1.0)
+    assert 2 * available <= sidecar.trainer.tokens_seen < 2 * available + 256
+    assert sidecar.trainer.step_count > 10
+    write_rollouts(folder, seed=1)
+    wait_for(folder, "judged", 2)
+    sidecar.stop.set()
+    thread.join(30)
+
+
+def test_a_version_rolled_back_by_hand_is_what_serves(folder: Path) -> None:
+    sidecar = Sidecar(config_of(folder), engines=[])
+    thread = run_until_stopped(sidecar)
     wait_for(folder, "published", 1)
     sidecar.stop.set()
     thread.join(30)
