@@ -129,7 +129,8 @@ class PretrainConfig(Section):
     holdout_fraction: Fraction = 0.125
     """Prompt groups held out of training."""
     held_out_rollouts: int = Field(128, ge=1)
-    """Of them, how many the estimates during training look at; the last one looks at all."""
+    """Of them, how many the estimates during training look at, or, of long ones, as many as have
+    half of the tokens trained on since the last estimate; the final one looks at all."""
     patience: int = Field(4, ge=1)
     """Estimates in a row without gain after which the learning rate begins its final decay."""
     min_gain: float = Field(0.01, ge=0)

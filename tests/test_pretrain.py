@@ -214,22 +214,44 @@ def test_an_unfinished_run_is_not_overwritten_nor_mixed_up(files: Path, tmp_path
     assert len(result.report.losses) == 30
 
 
-def test_an_estimate_takes_one_microbatch_after_the_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def corpus(tmp_path: Path) -> Corpus:
+    """Forty rollouts, half of them held out."""
     policy = making.policy_shape()
     writer = SpoolWriter(tmp_path, engine="test")
     writer.write_head(making.policy_head(policy))
     writer.write(making.rollouts(policy, 40), making.layout(policy))
-    corpus = Corpus.of_spool(tmp_path, microbatch_tokens=64, holdout_fraction=0.5)
-    run = Pretraining(making.drafter(policy), corpus, CONFIG)
-    taken: list[list[Rollout]] = []
+    return Corpus.of_spool(tmp_path, microbatch_tokens=64, holdout_fraction=0.5)
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[list[Rollout]]:
+    """What a run estimates on, as it goes on."""
+    noted: list[list[Rollout]] = []
 
     def noting(drafter: Drafter, rollouts: list[Rollout], *rest: Any, **how: Any) -> Any:
-        taken.append(rollouts)
+        noted.append(rollouts)
         return estimate_acceptance(drafter, rollouts, *rest, **how)
 
     monkeypatch.setattr("drafttrain.pretrain.run.estimate_acceptance", noting)
+    return noted
+
+
+def test_estimates_on_the_way_look_at_half_of_the_tokens_trained_on(
+    corpus: Corpus, taken: list[list[Rollout]]
+) -> None:
+    training = CONFIG.training.model_copy(update={"tokens_per_step": 128})
+    config = CONFIG.model_copy(update={"training": training, "steps": 2, "evaluate_every": 1})
+    Pretraining(making.drafter(making.policy_shape()), corpus, config).run()
+    on_the_way, at_the_end = taken[: -len(corpus.held_out)], taken[-len(corpus.held_out) :]
+    assert 0 < sum(rollout.length for part in on_the_way for rollout in part) < 64 + 64
+    assert sum(map(len, at_the_end)) == sum(len(part.entries) for part in corpus.held_out)
+
+
+def test_an_estimate_takes_one_microbatch_after_the_other(
+    corpus: Corpus, taken: list[list[Rollout]]
+) -> None:
+    run = Pretraining(making.drafter(making.policy_shape()), corpus, CONFIG)
     found = run.estimate()
     assert max(sum(rollout.length for rollout in part) for part in taken) <= 64
     together = [rollout for part in taken for rollout in part]

@@ -19,7 +19,7 @@ few that run past its end.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -175,17 +175,25 @@ def acceptance_weights(
     draft_rows = _rows_of_tokens(drafter.draft_ids, policy_head)
     temperature = batch.temperatures[batch.rollout_of]
     left = (batch.lengths[batch.rollout_of] - batch.positions)[batch.rounds]
-    w = torch.zeros(k, len(batch.rounds), dtype=torch.float64, device=device)
+    depths = torch.arange(k, device=device)[:, None]
+    inside = left > 2 + depths  # [k, R]
+    row = batch.rounds + 1 + depths  # of the policy; it predicts the drafted token
+    w = hidden.new_zeros(inside.shape, dtype=torch.float64)
+    if method == "probabilistic":
+        # A row is drafted at several depths, but the policy's product is the largest there is.
+        drafted = row[inside].unique()
+        p = w.new_zeros(len(batch.tokens))
+        p[drafted] = _log_probs(
+            batch.last_hidden[drafted], policy_head, batch.tokens[drafted + 1], temperature[drafted]
+        ).double()
     for depth in range(k):
-        inside = left > 2 + depth
-        row = batch.rounds[inside] + 1 + depth  # of the policy; it predicts the drafted token
-        tokens, drafting = batch.tokens[row + 1], hidden[depth, inside]
-        q = _Recorded.of(drafting, draft_head, draft_rows[tokens], temperature[row])
+        here, at = inside[depth], row[depth, inside[depth]]
+        drafting, tokens = hidden[depth, here], draft_rows[batch.tokens[at + 1]]
         if method == "greedy":
-            w[depth, inside] = q.is_first.double()
+            w[depth, here] = (_most_likely(drafting, draft_head) == tokens).double()
         else:
-            p = _Recorded.of(batch.last_hidden[row], policy_head, tokens, temperature[row])
-            w[depth, inside] = (q.log_prob - p.log_prob).double().exp().clamp_max(1.0)
+            q = _log_probs(drafting, draft_head, tokens, temperature[at])
+            w[depth, here] = (q - p[at]).exp().clamp_max(1.0)
     return w.cpu()
 
 
@@ -199,36 +207,35 @@ def _rows_of_tokens(draft_ids: Tensor | None, policy_head: Tensor) -> Tensor:
     return rows
 
 
-@dataclass(frozen=True)
-class _Recorded:
-    """What a distribution says of the recorded tokens.
+def _log_probs(hidden: Tensor, lm_head: Tensor, tokens: Tensor, temperature: Tensor) -> Tensor:
+    """Those of `tokens`, [N], in ``softmax(lm_head hidden / temperature)``.
 
-    Attributes:
-        log_prob: float [N].
-        is_first: bool [N], whether it is the most likely token.
+    Args:
+        hidden, lm_head: [N, H] and [V, H].
+        tokens: int64 [N]; -1 has probability 0.
+        temperature: [N].
     """
+    found = []
+    for part, logits in _logits(hidden, lm_head):
+        logits /= temperature[part, None]
+        chosen = logits.gather(-1, tokens[part, None].clamp_min(0))[:, 0]
+        log_prob = chosen - logits.logsumexp(-1)
+        found.append(log_prob.masked_fill(tokens[part] < 0, float("-inf")))
+    return torch.cat(found)
 
-    log_prob: Tensor
-    is_first: Tensor
 
-    @classmethod
-    def of(cls, hidden: Tensor, lm_head: Tensor, tokens: Tensor, temperature: Tensor) -> _Recorded:
-        """Of ``softmax(lm_head hidden / temperature)``; hidden [N, H], lm_head [V, H].
+def _most_likely(hidden: Tensor, lm_head: Tensor) -> Tensor:
+    """int64 [N]: the largest of ``lm_head hidden``."""
+    return torch.cat([logits.argmax(-1) for _, logits in _logits(hidden, lm_head)])
 
-        A token of -1 has probability 0.
-        """
-        log_probs, firsts = [], []
-        weight = lm_head.to(torch.promote_types(lm_head.dtype, torch.float32))
-        size = max(1, _LOGITS_AT_ONCE // len(weight))
-        for start in range(0, len(hidden), size):
-            part = slice(start, start + size)
-            logits = hidden[part].to(weight.dtype) @ weight.T
-            firsts.append(logits.argmax(-1) == tokens[part])
-            logits /= temperature[part, None]
-            chosen = logits.gather(-1, tokens[part, None].clamp_min(0))[:, 0]
-            log_prob = chosen - logits.logsumexp(-1)
-            log_probs.append(log_prob.masked_fill(tokens[part] < 0, float("-inf")))
-        return cls(torch.cat(log_probs), torch.cat(firsts))
+
+def _logits(hidden: Tensor, lm_head: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """``lm_head hidden``, in float32 at least, of some rows at a time."""
+    weight = lm_head.to(torch.promote_types(lm_head.dtype, torch.float32))
+    size = max(1, _LOGITS_AT_ONCE // len(weight))
+    for start in range(0, len(hidden), size):
+        part = slice(start, start + size)
+        yield part, hidden[part].to(weight.dtype) @ weight.T
 
 
 def replay_rounds(w: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

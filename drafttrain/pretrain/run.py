@@ -11,6 +11,7 @@ a run that was killed goes on with the same losses, bit for bit on a CPU.
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,10 @@ from drafttrain.training.corpus import Corpus, Microbatch
 from drafttrain.training.devices import Devices
 from drafttrain.training.loader import Loader
 from drafttrain.training.trainer import StepReport, Trainer
+
+# Held-out tokens of an estimate on the way for each one trained on since the last, at most: with
+# long rollouts estimates would else take most of the time.
+_LOOKED_AT = 0.5
 
 
 @dataclass(frozen=True)
@@ -172,10 +177,17 @@ class Pretraining:
         assert self.trainer.total_steps is not None
         return self.trainer.total_steps
 
+    @property
+    def _at_a_look(self) -> int:
+        """How many rollouts an estimate on the way looks at."""
+        config, held_out = self._config, self._corpus.held_out
+        length = statistics.mean(entry.length for part in held_out for entry in part.entries)
+        trained = config.evaluate_every * config.training.tokens_per_step
+        return min(config.held_out_rollouts, math.ceil(_LOOKED_AT * trained / length))
+
     def _look(self) -> None:
         """Estimate, perhaps begin the decay, and save."""
-        limit = self._config.held_out_rollouts
-        length = self._shared(self.estimate(limit).acceptance_length)
+        length = self._shared(self.estimate(self._at_a_look).acceptance_length)
         self.history.append((self.trainer.step_count, length))
         if not self._stopped_early and self._has_stalled():
             self._stopped_early = True
@@ -227,9 +239,12 @@ class Pretraining:
     def _held_out(self, limit: int | None, k: int) -> Iterator[list[Rollout]]:
         """What can be replayed of microbatches that are evenly spread."""
         held_out = self._corpus.held_out
-        count = sum(len(part.entries) for part in held_out)
-        stride = 1 if limit is None else max(1, math.floor(count / limit))
-        for part in held_out[::stride]:
+        parts = len(held_out)
+        if limit is not None:
+            count = sum(len(part.entries) for part in held_out)
+            parts = min(parts, math.ceil(parts * limit / count))
+        for index in range(parts):
+            part = held_out[index * len(held_out) // parts]
             if rollouts := [rollout for rollout in self._corpus.load(part) if usable(rollout, k)]:
                 yield rollouts
 
