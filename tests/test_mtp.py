@@ -201,6 +201,41 @@ def test_exports_are_what_the_family_names(family: str, dtype: torch.dtype, tmp_
         assert torch.equal(loaded.state_dict()[name], expected), name
 
 
+@pytest.mark.parametrize("settings", [{"attention_bias": True}, {"use_qk_norm": False}])
+def test_a_glms_attention_is_what_its_config_says(
+    settings: dict[str, bool], tmp_path: Path
+) -> None:
+    policy = policy_of("glm4_moe", **settings)
+    shipped = random_head(policy)
+    shipped.export(tmp_path)
+    loaded = load_drafter(tmp_path, policy)
+    assert all(torch.equal(loaded.state_dict()[n], t) for n, t in shipped.state_dict().items())
+
+
+@families
+def test_a_type_alone_names_the_family(family: str) -> None:
+    config = policy_of(family).config.to_dict() | {"architectures": None}
+    assert family_of(config) == (None if family == "mimo" else family), "a plain qwen2 has none"
+
+
+@pytest.mark.parametrize(("model_type", "family"), [("mimo", "mimo"), ("kimi_k2", "deepseek_v3")])
+def test_a_type_that_transformers_does_not_know(model_type: str, family: str) -> None:
+    assert family_of({"model_type": model_type}) == family
+
+
+@pytest.mark.parametrize("value", [None, 0, "4"])
+@pytest.mark.parametrize("key", ["num_hidden_layers", "vocab_size", "num_nextn_predict_layers"])
+def test_a_head_without_a_size_is_refused_by_its_key(
+    key: str, value: object, tmp_path: Path
+) -> None:
+    random_head(policy_of("deepseek_v3")).export(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(CheckpointError) as caught:
+        verify(tmp_path)
+    assert caught.value.field == key
+
+
 @families
 def test_every_parameter_gets_a_gradient(family: str) -> None:
     policy = policy_of(family)
