@@ -13,6 +13,7 @@ import making
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -265,6 +266,9 @@ def test_a_policys_own_head_is_taken_and_put_back(family: str, tmp_path: Path) -
     kept = load_file(tmp_path / "out" / "model.safetensors")
     assert kept.keys() == before.keys() - trained.head_tensors().keys()
     assert all(torch.equal(old[name], tensor) for name, tensor in kept.items())
+    for file in set(after.values()):
+        with safe_open(file, framework="pt") as written:
+            assert written.metadata() == {"format": "pt"}, "transformers 4 reads no other"
 
 
 def test_a_head_is_put_into_a_policy_that_had_none(tmp_path: Path) -> None:
@@ -389,6 +393,15 @@ def test_no_file_of_the_policy_is_lost_to_a_name(tmp_path: Path) -> None:
     # And again, into what was made: the old head's file goes, the new one's has its name.
     trunk.stitch(tmp_path / "out", tmp_path / "again")
     assert read_tensors(tmp_path / "again", names).keys() == table.keys()
+
+
+def test_files_of_a_folder_within_stay_whatever_their_names(tmp_path: Path) -> None:
+    policy = policy_of("mimo")
+    folder = write_policy(tmp_path / "policy", policy, random_head(policy))
+    (folder / "within").mkdir()
+    (folder / "within" / "model.safetensors").write_text("another model's")
+    random_head(policy).stitch(folder, tmp_path / "out")
+    assert (tmp_path / "out" / "within" / "model.safetensors").read_text() == "another model's"
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
