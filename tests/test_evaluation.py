@@ -14,6 +14,7 @@ from offline_files import write_drafter, write_policy, write_rollouts
 
 from benchmarks.subjects import make_policy
 from drafttrain.control.acceptance import AcceptanceEstimate
+from drafttrain.drafters.draft_model import DraftModel
 from drafttrain.drafters.eagle3 import Eagle3Drafter
 from drafttrain.drafters.mtp import MTPDrafter
 from drafttrain.drafters.policy import PolicyShape
@@ -89,9 +90,11 @@ def test_a_head_that_reads_the_state_before_the_final_norm(files: Path, tmp_path
     policy = make_policy(tmp_path / "policy", "mimo")
     shape = PolicyShape.from_folder(policy)
     MTPDrafter.from_policy(policy, shape).export(tmp_path / "head")
+    DraftModel.from_policy(policy, shape, layers=[0]).export(tmp_path / "model")  # reads none
     inputs = Inputs(policy, [files / "rollouts.jsonl"])
-    (row,) = summaries(evaluate(inputs, [tmp_path / "head"], k=2, method="probabilistic"))
-    assert 1.0 < row["acceptance_length"] <= 3.0
+    folders = [tmp_path / "model", tmp_path / "head"]
+    for row in summaries(evaluate(inputs, folders, k=2, method="probabilistic")):
+        assert 1.0 < row["acceptance_length"] <= 3.0
 
 
 def test_drafters_are_compared_on_the_same_rollouts(files: Path) -> None:
