@@ -140,8 +140,19 @@ def test_the_temperature_is_used_where_none_is_recorded(files: Path) -> None:
     assert {request.temperature for request in cold.requests} == {0.5}
 
 
-def test_an_engine_is_asked_for_what_was_recorded(files: Path) -> None:
+def test_drafts_are_made_as_asked_for(files: Path) -> None:
+    inputs = Inputs(files / "policy", [files / "rollouts.jsonl"])
+    (greedy,) = evaluate(inputs, [files / "drafter"], k=3, method="greedy")
+    (sampled,) = results(files, "drafter")
+    assert greedy.estimate.acceptance_length != sampled.estimate.acceptance_length
+
+
+def test_an_engine_is_asked_for_what_was_recorded(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("drafttrain.evaluation._MICROBATCH_TOKENS", 256)  # several at a time
     (found,) = results(files, "drafter")
+    assert len(found.estimate.groups) == 60
     lines = (files / "rollouts.jsonl").read_text().splitlines()
     asked = [(request.prompt, request.max_tokens) for request in found.requests]
     recorded = [
