@@ -393,6 +393,8 @@ def test_no_file_of_the_policy_is_lost_to_a_name(tmp_path: Path) -> None:
     # And again, into what was made: the old head's file goes, the new one's has its name.
     trunk.stitch(tmp_path / "out", tmp_path / "again")
     assert read_tensors(tmp_path / "again", names).keys() == table.keys()
+    held = {file.name for file in weight_files(tmp_path / "again").values()}
+    assert {file.name for file in (tmp_path / "again").glob("*.safetensors")} == held
 
 
 def test_files_of_a_folder_within_stay_whatever_their_names(tmp_path: Path) -> None:
