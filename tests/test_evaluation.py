@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -117,8 +118,12 @@ def test_the_table_has_what_was_found_where_it_belongs(
     rows = summaries(results(files, "drafter", "indifferent"), "domain", counted)
     assert [row["engine_tokens_per_second"] for row in rows] == [10.0, 20.0]
     print_table(rows, "domain")
-    lines = capsys.readouterr().out.splitlines()
-    table = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
+    lines = [re.split("[│┃]", line)[1:-1] for line in capsys.readouterr().out.splitlines()]
+    header, *table = [[cell.strip() for cell in line] for line in lines if line]
+    assert header == [
+        "drafter", "acceptance length", "interval", "by position", "rollouts",
+        "gain on the first", "counted by vLLM",
+    ]  # fmt: skip
     assert [cells[0] for cells in table] == [
         str(files / "drafter"), "even", "odd", str(files / "indifferent"), "even", "odd",
     ]  # fmt: skip
