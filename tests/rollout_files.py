@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,7 +13,8 @@ from drafttrain.rollouts.spool import SpoolWriter
 HIDDEN = 4
 LAYOUT = FeatureLayout((1, 2, 4), HIDDEN, last_hidden_normed=True, dtype="bfloat16")
 NO_AUX = FeatureLayout((), HIDDEN, last_hidden_normed=False, dtype="float32")
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+HALF = replace(LAYOUT, dtype="float16")
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
 
 def make_rollout(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from offline_files import write_drafter, write_policy, write_rollouts
 
 from benchmarks.subjects import make_policy
 from drafttrain.control.acceptance import AcceptanceEstimate
+from drafttrain.drafters.draft_model import DraftModel
 from drafttrain.drafters.eagle3 import Eagle3Drafter
 from drafttrain.drafters.mtp import MTPDrafter
 from drafttrain.drafters.policy import PolicyShape
@@ -39,6 +41,11 @@ def results(files: Path, *drafters: str, **options: Any) -> Any:
     inputs = Inputs(files / "policy", [files / "rollouts.jsonl"], **options)
     folders = [files / name for name in drafters]
     return evaluate(inputs, folders, k=3, method="probabilistic")
+
+
+class Counts(NamedTuple):
+    acceptance_length: float
+    tokens_per_second: float
 
 
 def test_the_parts_make_up_the_whole(files: Path) -> None:
@@ -84,9 +91,11 @@ def test_a_head_that_reads_the_state_before_the_final_norm(files: Path, tmp_path
     policy = make_policy(tmp_path / "policy", "mimo")
     shape = PolicyShape.from_folder(policy)
     MTPDrafter.from_policy(policy, shape).export(tmp_path / "head")
+    DraftModel.from_policy(policy, shape, layers=[0]).export(tmp_path / "model")  # reads none
     inputs = Inputs(policy, [files / "rollouts.jsonl"])
-    (row,) = summaries(evaluate(inputs, [tmp_path / "head"], k=2, method="probabilistic"))
-    assert 1.0 < row["acceptance_length"] <= 3.0
+    folders = [tmp_path / "model", tmp_path / "head"]
+    for row in summaries(evaluate(inputs, folders, k=2, method="probabilistic")):
+        assert 1.0 < row["acceptance_length"] <= 3.0
 
 
 def test_drafters_are_compared_on_the_same_rollouts(files: Path) -> None:
@@ -97,7 +106,36 @@ def test_drafters_are_compared_on_the_same_rollouts(files: Path) -> None:
     assert low <= second["gain"] <= high
     again = summaries(results(files, "drafter", "drafter"))[1]
     assert again["gain"] == 0
-    print_table([first, second], None)
+    third = summaries(results(files, "drafter", "indifferent", "drafter"))[2]
+    assert third["gain"] == 0, "on the first, not on the one before"
+
+
+def test_the_table_has_what_was_found_where_it_belongs(
+    files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "500")
+    counted = [Counts(1.25, 10.0), Counts(2.5, 20.0)]
+    rows = summaries(results(files, "drafter", "indifferent"), "domain", counted)
+    assert [row["engine_tokens_per_second"] for row in rows] == [10.0, 20.0]
+    print_table(rows, "domain")
+    lines = [re.split("[│┃]", line)[1:-1] for line in capsys.readouterr().out.splitlines()]
+    header, *table = [[cell.strip() for cell in line] for line in lines if line]
+    assert header == [
+        "drafter", "acceptance length", "interval", "by position", "rollouts",
+        "gain on the first", "counted by vLLM",
+    ]  # fmt: skip
+    assert [cells[0] for cells in table] == [
+        str(files / "drafter"), "even", "odd", str(files / "indifferent"), "even", "odd",
+    ]  # fmt: skip
+    for cells, row in zip(table[::3], rows, strict=True):
+        assert cells[1] == f"{row['acceptance_length']:.3f}"
+        assert cells[2] == "[{:.3f}, {:.3f}]".format(*row["interval"])
+        assert cells[3] == " ".join(f"{rate:.2f}" for rate in row["accepted_per_position"])
+        assert cells[4] == "60"
+    low, high = rows[1]["gain_interval"]
+    assert table[0][5:] == ["", "1.250"]
+    assert table[3][5:] == [f"{rows[1]['gain']:+.3f} [{low:+.3f}, {high:+.3f}]", "2.500"]
+    assert table[1][4] == "30"
 
 
 def test_the_temperature_is_used_where_none_is_recorded(files: Path) -> None:
@@ -105,6 +143,37 @@ def test_the_temperature_is_used_where_none_is_recorded(files: Path) -> None:
     (warm,) = results(files, "drafter", temperature=1.0)
     assert cold.estimate.acceptance_length != warm.estimate.acceptance_length
     assert {request.temperature for request in cold.requests} == {0.5}
+
+
+def test_drafts_are_made_as_asked_for(files: Path) -> None:
+    inputs = Inputs(files / "policy", [files / "rollouts.jsonl"])
+    (greedy,) = evaluate(inputs, [files / "drafter"], k=3, method="greedy")
+    (sampled,) = results(files, "drafter")
+    assert greedy.estimate.acceptance_length != sampled.estimate.acceptance_length
+
+
+def test_an_engine_is_asked_for_what_was_recorded(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("drafttrain.evaluation._MICROBATCH_TOKENS", 256)  # several at a time
+    (found,) = results(files, "drafter")
+    assert len(found.estimate.groups) == 60
+    lines = (files / "rollouts.jsonl").read_text().splitlines()
+    asked = [(request.prompt, request.max_tokens) for request in found.requests]
+    recorded = [
+        (row["prompt_token_ids"], len(row["completion_token_ids"]))
+        for row in map(json.loads, lines)
+    ]
+    assert sorted(asked) == sorted(recorded)
+
+
+def test_drafters_that_read_other_layers_are_fed_those(files: Path, tmp_path: Path) -> None:
+    shape = PolicyShape.from_folder(files / "policy")
+    torch.manual_seed(1)
+    Eagle3Drafter.initialise(shape, layer_ids=(0, 2, 4)).export(tmp_path / "other", torch.float32)
+    alone = results(files, str(tmp_path / "other"))[0]
+    beside = results(files, "drafter", str(tmp_path / "other"))[1]
+    assert beside.estimate.acceptance_length == alone.estimate.acceptance_length
 
 
 def test_rollouts_that_are_too_short(files: Path, tmp_path: Path) -> None:

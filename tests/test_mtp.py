@@ -13,6 +13,7 @@ import making
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -201,6 +202,41 @@ def test_exports_are_what_the_family_names(family: str, dtype: torch.dtype, tmp_
         assert torch.equal(loaded.state_dict()[name], expected), name
 
 
+@pytest.mark.parametrize("settings", [{"attention_bias": True}, {"use_qk_norm": False}])
+def test_a_glms_attention_is_what_its_config_says(
+    settings: dict[str, bool], tmp_path: Path
+) -> None:
+    policy = policy_of("glm4_moe", **settings)
+    shipped = random_head(policy)
+    shipped.export(tmp_path)
+    loaded = load_drafter(tmp_path, policy)
+    assert all(torch.equal(loaded.state_dict()[n], t) for n, t in shipped.state_dict().items())
+
+
+@families
+def test_a_type_alone_names_the_family(family: str) -> None:
+    config = policy_of(family).config.to_dict() | {"architectures": None}
+    assert family_of(config) == (None if family == "mimo" else family), "a plain qwen2 has none"
+
+
+@pytest.mark.parametrize(("model_type", "family"), [("mimo", "mimo"), ("kimi_k2", "deepseek_v3")])
+def test_a_type_that_transformers_does_not_know(model_type: str, family: str) -> None:
+    assert family_of({"model_type": model_type}) == family
+
+
+@pytest.mark.parametrize("value", [None, 0, "4"])
+@pytest.mark.parametrize("key", ["num_hidden_layers", "vocab_size", "num_nextn_predict_layers"])
+def test_a_head_without_a_size_is_refused_by_its_key(
+    key: str, value: object, tmp_path: Path
+) -> None:
+    random_head(policy_of("deepseek_v3")).export(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(CheckpointError) as caught:
+        verify(tmp_path)
+    assert caught.value.field == key
+
+
 @families
 def test_every_parameter_gets_a_gradient(family: str) -> None:
     policy = policy_of(family)
@@ -230,6 +266,9 @@ def test_a_policys_own_head_is_taken_and_put_back(family: str, tmp_path: Path) -
     kept = load_file(tmp_path / "out" / "model.safetensors")
     assert kept.keys() == before.keys() - trained.head_tensors().keys()
     assert all(torch.equal(old[name], tensor) for name, tensor in kept.items())
+    for file in set(after.values()):
+        with safe_open(file, framework="pt") as written:
+            assert written.metadata() == {"format": "pt"}, "transformers 4 reads no other"
 
 
 def test_a_head_is_put_into_a_policy_that_had_none(tmp_path: Path) -> None:
@@ -354,6 +393,17 @@ def test_no_file_of_the_policy_is_lost_to_a_name(tmp_path: Path) -> None:
     # And again, into what was made: the old head's file goes, the new one's has its name.
     trunk.stitch(tmp_path / "out", tmp_path / "again")
     assert read_tensors(tmp_path / "again", names).keys() == table.keys()
+    held = {file.name for file in weight_files(tmp_path / "again").values()}
+    assert {file.name for file in (tmp_path / "again").glob("*.safetensors")} == held
+
+
+def test_files_of_a_folder_within_stay_whatever_their_names(tmp_path: Path) -> None:
+    policy = policy_of("mimo")
+    folder = write_policy(tmp_path / "policy", policy, random_head(policy))
+    (folder / "within").mkdir()
+    (folder / "within" / "model.safetensors").write_text("another model's")
+    random_head(policy).stitch(folder, tmp_path / "out")
+    assert (tmp_path / "out" / "within" / "model.safetensors").read_text() == "another model's"
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])

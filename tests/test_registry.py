@@ -27,7 +27,7 @@ from drafttrain.checkpoints.manifest import (
     TargetFingerprint,
     digest_of,
 )
-from drafttrain.checkpoints.registry import Registry
+from drafttrain.checkpoints.registry import Registry, _copy
 from drafttrain.checkpoints.verify import verify
 from drafttrain.errors import CheckpointError, OvertakenError
 
@@ -141,6 +141,18 @@ def test_the_registry_can_be_moved_and_reopened(registry: Registry, drafter: Pat
     reopened = Registry.open(moved)
     assert reopened.latest() == 1
     verify(moved / "drafter" / "latest", TARGET)
+    link = registry.root.with_name("link")
+    link.symlink_to(moved)
+    assert Registry.open(link).manifest(1).version == 1
+
+
+def test_a_series_that_was_removed_begins_again(registry: Registry, drafter: Path) -> None:
+    for _ in range(2):
+        publish(registry, drafter)
+    shutil.rmtree(registry.root / "drafter")
+    assert (registry.versions(), registry.latest()) == ([], None)
+    facts: dict[str, Any] = {"parent": 2, "lineage": NOTHING, "acceptance": None}
+    assert registry.publish(drafter, kind="eagle3", target=TARGET, over=2, **facts).version == 1
 
 
 def test_prune_spares_the_newest_and_what_pointers_name(registry: Registry, drafter: Path) -> None:
@@ -150,6 +162,7 @@ def test_prune_spares_the_newest_and_what_pointers_name(registry: Registry, draf
     registry.set_latest(3)
     assert registry.prune(keep=2) == [1, 4]
     assert registry.versions() == [2, 3, 5, 6]
+    assert not list(registry.root.glob("drafter/.unfinished-*")), "the disk has its room again"
     assert publish(registry, drafter).version == 7
     with pytest.raises(ValueError, match="newest"):
         registry.prune(keep=0)
@@ -164,7 +177,7 @@ def test_an_unsound_drafter_changes_nothing(registry: Registry, tmp_path: Path) 
     with pytest.raises(CheckpointError, match=r"norm\.weight: holds NaN") as caught:
         publish(registry, unsound)
     assert Path(caught.value.where).parent == unsound
-    with pytest.raises(CheckpointError, match="kind"):
+    with pytest.raises(CheckpointError, match="kind: holds eagle3, asked to publish mtp"):
         registry.publish(
             tmp_path / "sound",
             kind="mtp",
@@ -173,6 +186,24 @@ def test_an_unsound_drafter_changes_nothing(registry: Registry, tmp_path: Path) 
             lineage=NOTHING,
             acceptance=None,
         )
+    assert sorted(registry.root.rglob("*")) == before
+
+
+def test_a_drafter_written_over_while_it_is_copied_changes_nothing(
+    registry: Registry, drafter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(registry, drafter)
+    before = sorted(registry.root.rglob("*"))
+    unsound = make_tensors(CONFIG)
+    unsound["norm.weight"][0] = float("nan")
+
+    def copy_late(source: Path, goal: Path) -> str:
+        write_drafter(source.parent, CONFIG, unsound)
+        return _copy(source, goal)
+
+    monkeypatch.setattr("drafttrain.checkpoints.registry._copy", copy_late)
+    with pytest.raises(CheckpointError, match=r"norm\.weight: holds NaN"):
+        publish(registry, drafter)
     assert sorted(registry.root.rglob("*")) == before
 
 
@@ -290,15 +321,52 @@ def test_links_that_leave_the_root_are_refused(
     (home / "v000007").symlink_to(outside)
     with pytest.raises(CheckpointError, match="leads out"):
         registry.folder(7)
-    weights = home / "v000001" / "model.safetensors"
-    weights.unlink()
-    weights.symlink_to(outside / "model.safetensors")
-    with pytest.raises(CheckpointError, match="leads out"):
-        registry.folder(1)
+    for name in ("model.safetensors", "manifest.json"):
+        path = home / "v000001" / name
+        path.unlink()
+        path.symlink_to(outside / name)
+        with pytest.raises(CheckpointError, match="leads out"):
+            registry.folder(1)
+        path.unlink()
+        path.symlink_to(path)
+        with pytest.raises(CheckpointError):
+            registry.folder(1)
+        path.unlink()
+        shutil.copy(outside / name, path)
     (home / "stable").symlink_to("../../outside")
     with pytest.raises(CheckpointError, match="expected a version folder"):
         registry.stable()
     assert publish(registry, drafter).version == 8
+
+
+def test_a_pointer_that_was_copied_as_a_folder_is_refused(
+    registry: Registry, drafter: Path
+) -> None:
+    publish(registry, drafter)
+    latest = registry.root / "drafter" / "latest"
+    latest.unlink()
+    shutil.copytree(registry.folder(1), latest)
+    with pytest.raises(CheckpointError, match="latest: pointer: expected a symbolic link"):
+        registry.latest()
+
+
+def test_what_dead_writers_left_is_in_nobodys_way(
+    registry: Registry, drafter: Path, tmp_path: Path
+) -> None:
+    publish(registry, drafter)
+    home = registry.root / "drafter"
+    (home / ".unfinished-latest").symlink_to("v000001")
+    shutil.copytree(drafter, home / ".unfinished-000002")
+    assert publish(registry, drafter).version == 2
+    assert not list(home.glob(".unfinished-*"))
+    (tmp_path / f".registry.json.{os.getpid()}").touch()  # in containers every writer may be 1
+    Registry(tmp_path)
+
+
+def test_a_registry_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        Registry(tmp_path / "file" / "registry")
 
 
 def test_two_publishers_at_once_get_different_versions(registry: Registry, drafter: Path) -> None:

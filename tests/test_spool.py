@@ -20,7 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from killable import Workers
-from rollout_files import HIDDEN, LAYOUT, NO_AUX, fill, make_head, make_rollout
+from rollout_files import HALF, HIDDEN, LAYOUT, NO_AUX, fill, make_head, make_rollout
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -75,7 +75,7 @@ rollouts_of_one_segment = st.lists(
     drawn=rollouts_of_one_segment,
     policy_version=st.integers(0, 10**9),
     drafter_version=st.none() | st.integers(0, 10**6),
-    layout=st.sampled_from([LAYOUT, NO_AUX]),
+    layout=st.sampled_from([LAYOUT, NO_AUX, HALF]),
     tells_rejections=st.booleans(),
 )
 def test_a_segment_reads_back_as_it_was_written(
@@ -201,6 +201,9 @@ def test_engine_names_must_fit_into_a_file_name(tmp_path: Path, name: str) -> No
         ([replace(make_rollout(), prompt_length=7)], "prompt_lengths"),
         ([replace(make_rollout(), temperature=float("nan"))], "temperature"),
         ([replace(make_rollout(), finish_reason="tired")], "finish_reason"),
+        ([replace(make_rollout(), accepted=-1)], "accepted"),
+        ([replace(make_rollout(), reward=float("nan"))], "reward"),
+        ([make_rollout(), make_rollout(layout=HALF)], "last_hidden"),
     ],
 )
 def test_what_a_reader_would_refuse_is_not_written(
@@ -211,6 +214,17 @@ def test_what_a_reader_would_refuse_is_not_written(
         writer.write(rollouts, LAYOUT)
     assert caught.value.field == field
     assert files_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["captured", "last_hidden", "aux_hidden", "generated", "rejected"])
+def test_no_rollout_takes_rows_of_another(tmp_path: Path, name: str) -> None:
+    """Together they are as many as the tokens."""
+    flags = torch.ones(6, dtype=torch.bool)
+    whole = replace(make_rollout(), generated=flags, rejected=flags)
+    rows = getattr(whole, name)
+    rollouts = [replace(whole, **{name: rows[:5]}), replace(whole, **{name: rows[[*range(6), 5]]})]
+    with pytest.raises(RolloutError, match="do not have its 6 rows"):
+        SpoolWriter(tmp_path, "engine-0").write(rollouts, LAYOUT)
 
 
 def rewrite(path: Path, tensors: dict[str, Tensor], **header: Any) -> None:
@@ -258,12 +272,14 @@ GONE = torch.zeros(0)
         ({"aux_hidden": GONE}, {}, "aux_hidden"),
         ({"aux_hidden": torch.zeros(24, 2, HIDDEN, dtype=torch.bfloat16)}, {}, "aux_hidden"),
         ({"rejected": torch.zeros(24)}, {}, "rejected"),
+        ({"rejected": torch.full((24,), 2, dtype=torch.uint8).view(torch.bool)}, {}, "rejected"),
         ({"surprise": torch.ones(1)}, {}, "surprise"),
         ({}, {"layout": {**LAYOUT_IN_JSON, "layer_ids": []}}, "aux_hidden"),
         ({}, {"layout": {**LAYOUT_IN_JSON, "dtype": "int8"}}, "dtype"),
         ({}, {"layout": {**LAYOUT_IN_JSON, "hidden_size": 5}}, "last_hidden"),
         ({}, {"policy_version": 1}, "policy_version"),
         ({}, {"policy_version": "0"}, "policy_version"),
+        ({}, {"surprise": 1}, "surprise"),
         ({}, {"rollouts": []}, "rollouts"),
         ({}, {"rollouts": [{}]}, "rollouts.0.rollout_id"),
         ({}, {"schema_version": "2"}, "schema_version"),

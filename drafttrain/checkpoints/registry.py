@@ -249,7 +249,6 @@ class Registry:
     def _point(self, pointer: str, version: int) -> None:
         goal = self.folder(version).name
         temporary = self._home / f"{_UNFINISHED}{pointer}"
-        temporary.unlink(missing_ok=True)
         temporary.symlink_to(goal)
         temporary.replace(self._home / pointer)
         _sync(self._home)

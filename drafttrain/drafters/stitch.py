@@ -58,7 +58,8 @@ def _copy_others(policy: Path, replaced: Set[str], out: Path) -> None:
     """Copy all of a policy's folder but its index and these tensors."""
     files = weight_files(policy)
     names = {file.name for file in files.values()} | {_INDEX}
-    shutil.copytree(policy, out, ignore=lambda _, found: names & {*found})
+    here = str(policy)  # what folders within have by the same names is not the policy's
+    shutil.copytree(policy, out, ignore=lambda folder, _: names if folder == here else ())
     touched = {files[name] for name in files.keys() & replaced}
     for file in sorted({*files.values()} - touched):
         shutil.copy2(file, out / file.name)

@@ -200,10 +200,10 @@ def _parts(rollouts: Sequence[Rollout], where: str | Path) -> dict[str, Parts]:
     if aux and len(aux) != len(rollouts):
         raise RolloutError(where, "aux_hidden", "some rollouts have it, some do not")
     for rollout in rollouts:
-        rows = [rollout.captured, rollout.last_hidden]
-        rows += [] if rollout.aux_hidden is None else [rollout.aux_hidden]
-        if any(len(tensor) != rollout.length for tensor in rows):
-            problem = f"features do not have its {rollout.length} rows"
+        rows = [rollout.captured, rollout.last_hidden, rollout.aux_hidden]
+        rows += [rollout.generated, rollout.rejected]
+        if any(tensor is not None and len(tensor) != rollout.length for tensor in rows):
+            problem = f"features or flags do not have its {rollout.length} rows"
             raise RolloutError(where, f"rollout {rollout.rollout_id}", problem)
     parts: dict[str, Parts] = {
         "tokens": [rollout.tokens for rollout in rollouts],
