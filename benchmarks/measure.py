@@ -117,7 +117,8 @@ def _start(stack: ExitStack, worker: Worker, cell: Cell) -> _Run | None:
         try:
             first = worker.step(memory=True)
             repeatable = first.seconds < LONG_STEP
-            counted = worker.step(memory=True) if repeatable else first
+            # The first step also makes the optimizer's state.
+            counted = worker.step(memory=True) if repeatable or cell.apart else first
         except TooLarge:
             worker.close()
             micro_batches = 2 * worker.variant.micro_batches

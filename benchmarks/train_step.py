@@ -66,8 +66,8 @@ def compare(cells: Sequence[Cell], peers: Sequence[str]) -> Iterator[dict[str, A
 
 
 def _pilot(cell: Cell) -> Cell:
-    """The smallest step of the same model; of a smaller one where it would take minutes."""
-    hidden, vocab = (512, 32768) if cell.apart else (cell.hidden, cell.vocab)
+    """The smallest step of the same model; of the smallest one where it would take an hour."""
+    hidden, vocab = (256, 512) if cell.apart else (cell.hidden, cell.vocab)
     return Cell(hidden, vocab, tokens=2048, rollout_length=160, ttt=3)
 
 
