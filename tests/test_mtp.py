@@ -57,7 +57,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3": ("DeepseekV3Config", DEEPSEEK_EXPERTS | LATENT),
     "glm4_moe": ("Glm4MoeConfig", DEEPSEEK_EXPERTS | {"use_qk_norm": True, "head_dim": 8}),
 }
-families = pytest.mark.parametrize("family", FAMILIES)
+families = pytest.mark.parametrize("family", CONFIGS)
 
 
 def policy_of(family: str, **changes: int) -> PolicyShape:
