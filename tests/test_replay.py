@@ -15,7 +15,7 @@ from rollout_files import LAYOUT, NO_AUX, fill, make_head, make_rollout
 
 from drafttrain.errors import RolloutError
 from drafttrain.rollouts.replay import Replay
-from drafttrain.rollouts.spool import SpoolReader, SpoolWriter
+from drafttrain.rollouts.spool import HEADS_KEPT, SpoolReader, SpoolWriter
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -191,6 +191,18 @@ def test_rollouts_go_with_a_head_that_their_engine_has_let_go(
         replay.refresh()
     assert {rollout.policy_version for rollout in replay.training} == {1}
     assert not caplog.records
+
+
+def test_segments_that_no_head_will_come_for_are_let_go(tmp_path: Path) -> None:
+    first, *_ = paths = fill(tmp_path, [*range(HEADS_KEPT)])
+    replay = opened(tmp_path, holdout_fraction=0.0)
+    assert all(str(path) in Path("/proc/self/maps").read_text() for path in paths)
+    fill(tmp_path, [HEADS_KEPT])
+    assert replay.refresh() == 4
+    assert str(first) not in Path("/proc/self/maps").read_text()
+    versions = {rollout.policy_version for rollout in replay.training}
+    assert versions == {*range(1, HEADS_KEPT + 1)}
+    assert first.exists()
 
 
 def test_segments_of_another_layout_are_passed_over(

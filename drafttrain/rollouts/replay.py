@@ -18,7 +18,7 @@ import torch
 from drafttrain.errors import RolloutError, SpoolError
 from drafttrain.rollouts.record import FeatureLayout, PolicyHead, Rollout
 from drafttrain.rollouts.segment import Segment
-from drafttrain.rollouts.spool import SpoolReader, sized
+from drafttrain.rollouts.spool import HEADS_KEPT, SpoolReader, sized
 
 _log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class Replay:
         self._max_bytes, self._max_staleness, self._evict = max_bytes, max_staleness, evict
         self._holdout_fraction, self._seed = holdout_fraction, seed
         self._log_freshness = math.log(freshness)
-        # None: damaged; remembered so that it is read and counted once.
+        # None: damaged, or spent; remembered so that it is read and counted once.
         self._segments: dict[Path, Segment | None] = {}
         self._heads: dict[int, PolicyHead] = {}
         self._warned: set[str] = set()
@@ -90,6 +90,7 @@ class Replay:
         self._segments = {
             path: before[path] if path in before else self._read(path) for path in kept
         }
+        self._let_go_of_spent()
         self._sort_out()
         new = (self._segments[path] for path in kept if path not in before)
         return sum(len(segment.rollouts) for segment in new if segment is not None)
@@ -195,6 +196,15 @@ class Replay:
             self.damaged += 1
             _log.warning("segment passed over: %s", error)
             return None
+
+    def _let_go_of_spent(self) -> None:
+        """Unmap segments whose policy's head is gone for good: engines keep the newest heads."""
+        heads = self._reader.heads()
+        if len(heads) < HEADS_KEPT:
+            return
+        for path, segment in self._segments.items():
+            if segment is not None and segment.policy_version < heads[0]:
+                self._segments[path] = None
 
     def _sound(self) -> list[Segment]:
         return [segment for segment in self._segments.values() if segment is not None]
