@@ -80,8 +80,8 @@ def row_of(cell: Cell, results: dict[str, Result], peers: Sequence[str]) -> dict
     peak = {name: result.peak_bytes for name, result in results.items()}
     measured = [name for name in peers if name in results]
     fastest = max((speed[name] for name in measured), default=None)
-    peak_flops = _peak_flops()
     leanest = min((peak[name] for name in measured), default=None)
+    peak_flops = _peak_flops()
     return {
         **dataclasses.asdict(cell),
         "tokens_per_s": speed[OURS],
